@@ -1,0 +1,54 @@
+"""bitloft: the whole low-bit LoRA life, in bytes that exist.
+
+Attributes load on first use (PEP 562), so ``import bitloft`` starts neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "Format": "bitloft.formats",
+    "PackedTensor": "bitloft.packed",
+    "quantize": "bitloft.quantize",
+    "train": "bitloft.train",
+    "compress": "bitloft.compress",
+    "expand": "bitloft.compress",
+    "evaluate": "bitloft.evaluate",
+    "load": "bitloft.integrations.transformers",
+    "register": "bitloft.integrations",
+}
+
+__all__ = [
+    "Format",
+    "PackedTensor",
+    "compress",
+    "evaluate",
+    "expand",
+    "load",
+    "quantize",
+    "register",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from bitloft.compress import compress, expand
+    from bitloft.evaluate import evaluate
+    from bitloft.formats import Format
+    from bitloft.integrations import register
+    from bitloft.integrations.transformers import load
+    from bitloft.packed import PackedTensor
+    from bitloft.quantize import quantize
+    from bitloft.train import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bitloft' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,172 @@
+"""What a low-bit number is: a family of levels, a width in bits and a group that shares one scale.
+
+One spelling everywhere (Python, CLI, files, reports), and ``Format.parse(str(f)) == f``::
+
+    nf2:64      NormalFloat, 2 bits, one scale per 64 values along the last axis
+    lm3:row     symmetric Lloyd-Max, 3 bits, one scale per row
+    lm3:unit    the bare levels, no scale stored (a rank-1 product needs only one scale, kept by its other factor)
+    uniform2:64 min-max grid with an integer zero point per group
+    sign:128    one bit, +-1, scale = mean of absolute values
+
+All are ``value = scale * level[code]`` (``uniform``: ``scale * (code - zero)``). This module holds no tensor code:
+it answers what is stored, of which dtype and shape, before any tensor exists.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+from typing import NamedTuple
+
+from bitloft.errors import FormatError
+
+# NormalFloat levels are quantiles of a standard normal between these offsets (LoftQ's released code, QLoRA appendix E).
+NF_OFFSET = 0.9677083
+
+# bitsandbytes' published NF4 table, as decimal strings of its float32 values. LoftQ's recipe gives it to within 1e-7.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# Positive halves of the symmetric Lloyd-Max quantizers of a standard normal (Max 1960, table I; solved to 1e-6 by
+# tests/test_formats.py, which iterates the two Lloyd conditions).
+LLOYD_MAX = {
+    2: (0.452780, 1.510418),
+    3: (0.245094, 0.756005, 1.343909, 2.151946),
+    4: (0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590),
+}
+
+# group of a Format when it is not a number of values
+ROW = 0  # one scale for the whole row
+UNIT = -1  # no scale at all
+
+_FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "sign": (1,)}
+_SPELLING = re.compile(r"(nf|lm|uniform|sign)([0-9]*):([0-9]+|row|unit)")
+KNOWN = "nf2..4, lm2..4, uniform2..4 or sign, then ':' and a group (a multiple of 8, 'row' or 'unit'), such as lm2:64"
+
+
+class Part(NamedTuple):
+    """One stored tensor of a PackedTensor: its dtype by name and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = {"int8": 1, "int16": 2, "int32": 4}[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are stored. ``group`` is a number of values, ``ROW`` (0) or ``UNIT`` (-1).
+
+    Raises FormatError for a family, width or group that does not exist.
+    """
+
+    family: str
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in _FAMILIES.get(self.family, ()):
+            raise FormatError(f"format {self}: no {self.family} code of {self.bits} bits exists; use {KNOWN}.")
+        if self.group > 0 and self.group % 8:
+            raise FormatError(f"format {self}: the group {self.group} is not a multiple of 8; use {KNOWN}.")
+        if self.group == UNIT and self.family == "uniform":
+            raise FormatError(f"format {self}: a uniform grid needs a scale; use a group or 'row'.")
+
+    @classmethod
+    def parse(cls, text: "str | Format") -> "Format":
+        """Read a spelling such as ``lm2:64``. A Format passes through."""
+        if isinstance(text, Format):
+            return text
+        match = _SPELLING.fullmatch(text.strip())
+        if match is None or (match[1] == "sign") == bool(match[2]):
+            raise FormatError(f"unknown format {text!r}; use {KNOWN}.")
+        group = {"row": ROW, "unit": UNIT}.get(match[3]) if match[3] in ("row", "unit") else int(match[3])
+        if group is None or (group == 0 and match[3] != "row"):
+            raise FormatError(f"format {text!r}: a group of 0 values does not exist; use {KNOWN}.")
+        return cls(match[1], int(match[2] or 1), group)
+
+    def __str__(self) -> str:
+        bits = "" if self.family == "sign" else str(self.bits)
+        return f"{self.family}{bits}:{ {ROW: 'row', UNIT: 'unit'}.get(self.group, self.group) }"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The level of each code, ascending; 2**bits of them. ``uniform`` has 0, 1, ... before its zero point."""
+        return _levels(self.family, self.bits)
+
+    @property
+    def has_zeros(self) -> bool:
+        """True where each group stores an integer zero point of ``bits`` bits."""
+        return self.family == "uniform"
+
+    def width(self, columns: int) -> int:
+        """Columns after padding: a multiple of the group, and of 8 so that every bit plane fills whole bytes."""
+        unit = self.group if self.group > 0 else 8
+        return -(-columns // unit) * unit
+
+    def groups(self, columns: int) -> int:
+        """Scales stored per row of ``columns`` values."""
+        if self.group == UNIT:
+            return 0
+        return self.width(columns) // self.group if self.group else min(columns, 1)
+
+    def group_size(self, columns: int) -> int:
+        """Values that share one scale in a row of ``columns`` values, padding included."""
+        return self.group if self.group > 0 else self.width(columns)
+
+
+@lru_cache(maxsize=None)
+def _levels(family: str, bits: int) -> tuple[float, ...]:
+    if family == "sign":
+        return (-1.0, 1.0)
+    if family == "uniform":
+        return tuple(float(i) for i in range(2**bits))
+    if family == "lm":
+        half = LLOYD_MAX[bits]
+        return tuple(-x for x in reversed(half)) + half
+    return NF4_LEVELS if bits == 4 else _normal_float(bits)
+
+
+def _normal_float(bits: int) -> tuple[float, ...]:
+    """NormalFloat levels: 2**(b-1) positive quantiles, zero, 2**(b-1) - 1 negative ones (LoftQ's released code)."""
+    quantile = NormalDist().inv_cdf
+    count = 2 ** (bits - 1)
+
+    def side(n: int) -> list[float]:
+        step = (NF_OFFSET - 0.5) / n
+        return [quantile(NF_OFFSET - i * step) for i in range(n)]
+
+    values = sorted([*(-v for v in side(count - 1)), 0.0, *side(count)])
+    # the negative side has one level fewer: its outermost quantile is the same, so both ends are +-1
+    return tuple(v / values[-1] for v in values)
+
+
+def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
+    """Names, dtypes and shapes of the stored parts of a tensor of ``shape`` in ``fmt``; no data needed.
+
+    ``codes`` int8 [rows, width*bits/8], ``scales`` int16 [rows, groups] (fp16 bit patterns), ``exponent`` int32 []
+    (scales are in units of 2**exponent), and for ``uniform`` ``zeros`` int8 [rows, ceil(groups*bits/8)].
+    Raises FormatError for a scalar shape.
+    """
+    if not shape:
+        raise FormatError(f"format {fmt} needs a tensor of at least one axis; a scalar cannot be packed.")
+    columns, rows = shape[-1], 1
+    for n in shape[:-1]:
+        rows *= n
+    groups = fmt.groups(columns)
+    parts = {
+        "codes": Part("int8", (rows, fmt.width(columns) * fmt.bits // 8)),
+        "scales": Part("int16", (rows, groups)),
+        "exponent": Part("int32", ()),
+    }
+    if fmt.has_zeros:
+        parts["zeros"] = Part("int8", (rows, -(-groups * fmt.bits // 8)))
+    return parts

@@ -1,0 +1,1 @@
+"""Operators on packed tensors: definitions in plain torch (``ops``), and later the kernels checked against them."""

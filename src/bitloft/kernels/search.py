@@ -1,0 +1,102 @@
+"""Codes and scales of groups: nearest levels, and for Lloyd-Max codes the scale of least squared error.
+
+A group ``g`` and codes with levels ``l`` have squared error ``|g - s*l|^2``, least at ``s = <g, l> / <l, l>``. For two
+bits the codes of a symmetric quantizer are a split of the sorted magnitudes into low and high, so all splits are tried
+at once from cumulative sums: the optimum is exact, and one sort replaces a grid of passes. For three and four bits the
+same two steps (nearest codes, least-squares scale) alternate from a few starting scales and the best one is kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from bitloft.formats import UNIT, Format
+
+# Starting scales for the alternation, as multiples of the group's root mean square; 3 rounds each.
+STARTS = {3: (0.9, 1.1), 4: (0.9, 1.1)}
+ROUNDS = 4
+
+
+class Found(NamedTuple):
+    codes: UInt8[Tensor, "groups size"]
+    scales: Float[Tensor, "groups 1"]
+    zeros: UInt8[Tensor, "groups 1"] | None = None
+
+
+def codes_and_scales(x: Float[Tensor, "groups size"], mask: Float[Tensor, "groups size"] | None, fmt: Format) -> Found:
+    """The best codes and scales of each row of ``x``; ``mask`` is 0 on padding (None where there is none)."""
+    if fmt.group == UNIT:
+        return Found(nearest(x, torch.ones_like(x[:, :1]), fmt), torch.ones_like(x[:, :1]))
+    if fmt.family == "uniform":
+        return _uniform(x, fmt.bits)
+    if fmt.family == "sign":
+        count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
+        scales = x.abs().sum(1, keepdim=True) / count
+        return Found((x >= 0).to(torch.uint8), scales)
+    if fmt.family == "nf":
+        scales = x.abs().amax(1, keepdim=True)
+    elif fmt.bits == 2:
+        scales = _two_level_scale(x, mask, fmt)
+    else:
+        scales = _alternate(x, mask, fmt)
+    return Found(nearest(x, scales, fmt), scales)
+
+
+def nearest(x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], fmt: Format) -> UInt8[Tensor, "groups size"]:
+    """Index of the level nearest to x / scale; a group whose scale is 0 (all zeros) takes the level nearest to 0."""
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=x.device)
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return torch.bucketize(x / safe, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def _uniform(x: Float[Tensor, "groups size"], bits: int) -> Found:
+    """Min-max grid with an integer zero point; the range includes zero, so zero is a level (LoRAQuant's RTN)."""
+    top = 2**bits - 1
+    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    scales = (high - low) / top
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    zeros = torch.round(-low / safe).clamp_(0, top)
+    codes = (torch.round(x / safe) + zeros).clamp_(0, top)
+    return Found(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
+
+
+def _two_level_scale(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
+    """The best scale over every split of the magnitudes into the low level a and the high level b.
+
+    With the k largest at b: s = (a*low + b*high) / (n_low*a^2 + n_high*b^2), and the error falls by the square of the
+    numerator over the denominator. Nearest rounding at that scale can only lower the error further.
+    """
+    a, b = fmt.levels[2], fmt.levels[3]
+    size = x.shape[1]
+    ordered = x.abs().sort(dim=1, descending=True).values  # padding holds zeros, so it sorts last
+    high = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
+    count = torch.full_like(x[:, :1], size) if mask is None else mask.sum(1, keepdim=True)
+    k = torch.arange(size + 1, device=x.device, dtype=x.dtype)
+    numerator = a * (high[:, -1:] - high) + b * high
+    denominator = a * a * (count - k) + b * b * k
+    gain = (numerator.square() / denominator.clamp_min(1e-30)).masked_fill(k > count, 0)
+    best = gain.argmax(1, keepdim=True)
+    return numerator.gather(1, best) / denominator.gather(1, best).clamp_min(1e-30)
+
+
+def _alternate(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=x.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
+    rms = (x.square().sum(1, keepdim=True) / count).sqrt()
+    best = best_gain = torch.zeros_like(rms)
+    for start in STARTS[fmt.bits]:
+        scales = rms * start
+        for _ in range(ROUNDS):
+            values = levels[torch.bucketize(x / scales.clamp_min(1e-38), middles, out_int32=True)]
+            if mask is not None:
+                values = values * mask
+            numerator = (values * x).sum(1, keepdim=True)
+            denominator = values.square().sum(1, keepdim=True).clamp_min(1e-30)
+            scales = numerator / denominator
+        gain = numerator.square() / denominator
+        better = gain > best_gain
+        best, best_gain = torch.where(better, scales, best), torch.where(better, gain, best_gain)
+    return best

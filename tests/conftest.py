@@ -1,0 +1,27 @@
+"""Every test runs offline, on one thread, with its own seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny_llama
+
+torch.set_num_threads(1)  # results that do not depend on the machine's core count
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a random two-layer Llama and its tokenizer; read it, do not write to it."""
+    yield tiny_llama(tmp_path_factory.mktemp("tiny"))
