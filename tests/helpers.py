@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Text to train the tiny tokenizer on: any words do.
 WORDS = (
-    "the quick brown fox jumps over the lazy dog . a base is frozen and packed ; an adapter is trained on it and packed "
-    "in turn . what is the capital of france ? paris is . one two three four five six seven eight nine ten"
+    "the quick brown fox jumps over the lazy dog . a base is frozen and packed ; an adapter is trained on it and "
+    "packed in turn . what is the capital of france ? paris is . one two three four five six seven eight nine ten"
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -12,7 +12,7 @@ touch a stored byte; a tensor subclass would have had to intercept those casts o
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Int8, Int16, UInt8
@@ -60,7 +60,8 @@ class PackedTensor:
         return cls(fmt, shape, parts["codes"], parts["scales"], parts["exponent"], parts.get("zeros"))
 
     def to(self, device: "torch.device | str") -> "PackedTensor":
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        moved = {name: t.to(device) for name, t in self.tensors().items()}
+        return PackedTensor(self.format, self.shape, **moved)
 
     @property
     def numel(self) -> int:
@@ -118,4 +119,5 @@ def pack_scales(scales: Float[Tensor, "rows groups"]) -> tuple[Int16[Tensor, "ro
 def unpack_scales(
     scales: Int16[Tensor, "rows groups"], exponent: Int[Tensor, ""], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "rows groups"]:
-    return torch.ldexp(scales.view(torch.float16).float(), exponent).to(dtype)
+    values: Tensor = torch.ldexp(scales.view(torch.float16).float(), exponent)
+    return values.to(dtype)

@@ -44,7 +44,9 @@ def codes_and_scales(x: Float[Tensor, "groups size"], mask: Float[Tensor, "group
     return Found(nearest(x, scales, fmt), scales)
 
 
-def nearest(x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], fmt: Format) -> UInt8[Tensor, "groups size"]:
+def nearest(
+    x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], fmt: Format
+) -> UInt8[Tensor, "groups size"]:
     """Index of the level nearest to x / scale; a group whose scale is 0 (all zeros) takes the level nearest to 0."""
     levels = torch.tensor(fmt.levels, dtype=torch.float32, device=x.device)
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))

@@ -1,0 +1,48 @@
+"""What every base solver returns, and the two facts they share: the packed start and the error that is reported."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitloft.formats import Format
+from bitloft.kernels.ops import decode, encode
+from bitloft.packed import PackedTensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """A0 [rank, columns] and B0^T [rank, rows] as stored, and s0: the base computes Q + s0 * B0 @ A0.
+
+    B0 is kept transposed so that both factors are packed along their singular components.
+    """
+
+    a: PackedTensor
+    bt: PackedTensor
+    scaling: float
+
+    def product(self) -> Float[Tensor, "rows columns"]:
+        return self.scaling * (decode(self.bt).T @ decode(self.a))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes of one matrix with its start. Errors are relative: |W - Q| / |W| and |W - Q - s0*B0*A0| / |W| (Frobenius),
+    measured on what is stored, so a loaded model shows the same figures."""
+
+    weight: PackedTensor
+    start: Start | None
+    error_before: float
+    error_after: float
+
+
+def relative(residual: Float[Tensor, "rows columns"], weight: Float[Tensor, "rows columns"]) -> float:
+    """|residual| / |weight|; 0 for a zero matrix that is reproduced exactly."""
+    norm = float(torch.linalg.vector_norm(weight))
+    error = float(torch.linalg.vector_norm(residual))
+    return error / norm if norm > 0 else error
+
+
+def pack_start(a: Float[Tensor, "rank columns"], bt: Float[Tensor, "rank rows"], scaling: float, fmt: Format) -> Start:
+    return Start(encode(a, fmt), encode(bt, fmt), scaling)

@@ -1,0 +1,54 @@
+"""LoftQ (Li et al. 2023, arXiv 2310.08659, Algorithm 1): alternate quantization and a low-rank fit of its residual.
+
+    for t = 1..T:   Q_t = q(W - s*B_{t-1}*A_{t-1});   s*B_t*A_t = SVD_r(W - Q_t)
+
+Three things differ from the released code, none from the algorithm: the factors are divided by s = alpha / r, so that
+the model as loaded computes Q + s*B*A (peft#1982 computes Q + s*(s-free product)); the factors are rounded to the format
+they are stored in before the next step sees them; and the best iterate is kept, since the error may rise with T.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitloft.errors import OptionError
+from bitloft.formats import Format
+from bitloft.kernels.ops import decode, encode
+from bitloft.solvers.base import Solution, pack_start, relative
+from bitloft.solvers.lowrank import balanced_factors, truncated_svd
+
+
+def loftq(
+    weight: Float[Tensor, "rows columns"],
+    fmt: Format,
+    *,
+    rank: int,
+    scaling: float,
+    start_format: Format,
+    steps: int,
+    generator: torch.Generator,
+) -> Solution:
+    """Q, A, B of least ``|W - Q - s*B*A|`` over ``steps`` alternations. ``weight`` is float32.
+
+    Raises OptionError where the rank exceeds min(rows, columns).
+    """
+    if rank > min(weight.shape):
+        raise OptionError(f"rank {rank} exceeds min(m, n) = {min(weight.shape)} of a {tuple(weight.shape)} matrix.")
+    best: Solution | None = None
+    before, repair, warm = 0.0, torch.zeros_like(weight), None
+    for step in range(steps):
+        packed = encode(weight - repair, fmt)
+        residual = weight - decode(packed)
+        if step == 0:
+            before = relative(residual, weight)
+        u, s, vt = truncated_svd(residual, rank, generator, start=warm)
+        start = pack_start(*balanced_factors(u, s, vt, scaling), scaling, start_format)
+        repair, warm = start.product(), vt.T
+        best = _better(best, Solution(packed, start, before, relative(residual - repair, weight)))
+    if best is None:
+        raise OptionError(f"LoftQ needs at least one step; steps is {steps}.")
+    return best
+
+
+def _better(best: Solution | None, found: Solution) -> Solution:
+    return found if best is None or found.error_after < best.error_after else best
