@@ -27,12 +27,13 @@ from bitloft.packed import PackedTensor, pack_bits, pack_scales, unpack_bits, un
 TILE = 1 << 20
 
 
-def encode(x: Float[Tensor, "*shape"], fmt: Format | str) -> PackedTensor:
+def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
     """Quantize ``x`` to the nearest codes of ``fmt``, groups along the last axis.
 
     The last axis is padded with zeros to whole groups; padding does not influence a scale. ``nf`` takes the absolute
     maximum as scale (QLoRA), ``lm`` the scale of least squared error, ``uniform`` the range from min to max with zero
-    on the grid, ``sign`` the mean of absolute values (LoRAQuant). Raises KernelError on NaN or infinity.
+    on the grid (``ranges`` searches the range of least squared error instead), ``sign`` the mean of absolute values
+    (LoRAQuant). Raises KernelError on NaN or infinity.
     """
     fmt = Format.parse(fmt)
     rows = x.reshape(-1, x.shape[-1]).float() if x.ndim else x.reshape(1, 1).float()
@@ -40,7 +41,7 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str) -> PackedTensor:
         raise KernelError(f"cannot encode a tensor of shape {tuple(x.shape)} to {fmt}: it holds NaN or infinity.")
     columns = rows.shape[1]
     step = max(TILE // max(fmt.width(columns), 1), 1)
-    tiles = [_encode_rows(chunk, fmt) for chunk in rows.split(step)] if rows.numel() else []
+    tiles = [_encode_rows(chunk, fmt, ranges) for chunk in rows.split(step)] if rows.numel() else []
     return _assemble(tuple(x.shape), fmt, tiles, rows)
 
 
@@ -62,7 +63,9 @@ def _assemble(
     return PackedTensor(fmt, shape, codes, scales, exponent, zeros)
 
 
-def _encode_rows(rows: Float[Tensor, "rows columns"], fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+def _encode_rows(
+    rows: Float[Tensor, "rows columns"], fmt: Format, ranges: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [rows, width], scales [rows, groups] and zero points of a few rows."""
     count, columns = rows.shape
     size, pad = fmt.group_size(columns), fmt.width(columns) - columns
@@ -72,7 +75,7 @@ def _encode_rows(rows: Float[Tensor, "rows columns"], fmt: Format) -> tuple[Tens
         mask = torch.ones_like(padded)
         mask[:, columns:] = 0
         mask = mask.reshape(-1, size)
-    found = search.codes_and_scales(padded.reshape(-1, size), mask, fmt)
+    found = search.codes_and_scales(padded.reshape(-1, size), mask, fmt, ranges)
     shape = (count, -1)
     scales = found.scales.reshape(shape) if fmt.group != UNIT else rows.new_zeros(count, 0)
     codes = found.codes if mask is None else found.codes * mask.to(torch.uint8)  # padding is stored as code 0

@@ -6,6 +6,7 @@ at once from cumulative sums: the optimum is exact, and one sort replaces a grid
 same two steps (nearest codes, least-squares scale) alternate from a few starting scales and the best one is kept.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from bitloft.formats import UNIT, Format
 # Starting scales for the alternation, as multiples of the group's root mean square; 3 rounds each.
 STARTS = {3: (0.9, 1.1), 4: (0.9, 1.1)}
 ROUNDS = 4
+# Parts of the min-max range tried at each end by the range search of uniform codes.
+SHRINKS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 
 
 class Found(NamedTuple):
@@ -25,12 +28,17 @@ class Found(NamedTuple):
     zeros: UInt8[Tensor, "groups 1"] | None = None
 
 
-def codes_and_scales(x: Float[Tensor, "groups size"], mask: Float[Tensor, "groups size"] | None, fmt: Format) -> Found:
-    """The best codes and scales of each row of ``x``; ``mask`` is 0 on padding (None where there is none)."""
+def codes_and_scales(
+    x: Float[Tensor, "groups size"], mask: Float[Tensor, "groups size"] | None, fmt: Format, ranges: bool = False
+) -> Found:
+    """The best codes and scales of each row of ``x``; ``mask`` is 0 on padding (None where there is none).
+
+    ``ranges`` searches the range of ``uniform`` groups instead of taking min and max.
+    """
     if fmt.group == UNIT:
         return Found(nearest(x, torch.ones_like(x[:, :1]), fmt), torch.ones_like(x[:, :1]))
     if fmt.family == "uniform":
-        return _uniform(x, fmt.bits)
+        return _uniform_searched(x, fmt.bits) if ranges else _uniform(x, fmt.bits)
     if fmt.family == "sign":
         count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
         scales = x.abs().sum(1, keepdim=True) / count
@@ -53,15 +61,41 @@ def nearest(
     return torch.bucketize(x / safe, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
-def _uniform(x: Float[Tensor, "groups size"], bits: int) -> Found:
-    """Min-max grid with an integer zero point; the range includes zero, so zero is a level (LoRAQuant's RTN)."""
+def _uniform(x: Float[Tensor, "groups size"], bits: int, low_part: float = 1.0, high_part: float = 1.0) -> Found:
+    """Min-max grid with an integer zero point; the range includes zero, so zero is a level (LoRAQuant's RTN).
+
+    ``low_part`` and ``high_part`` shrink the two ends of the range; values outside are clipped.
+    """
     top = 2**bits - 1
-    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    low, high = x.amin(1, keepdim=True).clamp_max(0) * low_part, x.amax(1, keepdim=True).clamp_min(0) * high_part
     scales = (high - low) / top
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))
     zeros = torch.round(-low / safe).clamp_(0, top)
     codes = (torch.round(x / safe) + zeros).clamp_(0, top)
     return Found(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
+
+
+def _uniform_searched(x: Float[Tensor, "groups size"], bits: int) -> Found:
+    """The range of least squared error per group, each end shrunk by its own factor, with the scale refitted.
+
+    LoRAQuant moves min and max by gradient steps on the rank-1 product. That product's error is 1 - cos^2(b) cos^2(a)
+    at the best scales, so the two vectors can be fitted one after the other, and a grid needs no gradient.
+    """
+    best, best_gain = _uniform(x, bits), x.new_full((x.shape[0], 1), -1.0)
+    for low, high in product(SHRINKS, SHRINKS):
+        found = _uniform(x, bits, low, high)
+        zeros = found.zeros if found.zeros is not None else torch.zeros_like(found.codes[:, :1])
+        values = found.codes.float() - zeros.float()
+        inner, norm = (values * x).sum(1, keepdim=True).clamp_min(0), values.square().sum(1, keepdim=True).clamp_min(1)
+        gain = inner.square() / norm
+        better = gain > best_gain
+        best = Found(
+            torch.where(better, found.codes, best.codes),
+            torch.where(better, inner / norm, best.scales),
+            torch.where(better, zeros, best.zeros if best.zeros is not None else zeros),
+        )
+        best_gain = torch.where(better, gain, best_gain)
+    return best
 
 
 def _two_level_scale(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
