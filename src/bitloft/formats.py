@@ -14,7 +14,7 @@ it answers what is stored, of which dtype and shape, before any tensor exists.
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -123,7 +123,7 @@ class Format:
         return self.group if self.group > 0 else self.width(columns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _levels(family: str, bits: int) -> tuple[float, ...]:
     if family == "sign":
         return (-1.0, 1.0)
@@ -153,7 +153,8 @@ def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     """Names, dtypes and shapes of the stored parts of a tensor of ``shape`` in ``fmt``; no data needed.
 
     ``codes`` int8 [rows, width*bits/8], ``scales`` int16 [rows, groups] (fp16 bit patterns), ``exponent`` int32 []
-    (scales are in units of 2**exponent), and for ``uniform`` ``zeros`` int8 [rows, ceil(groups*bits/8)].
+    (scales are in units of 2**exponent), and for ``uniform`` ``zeros`` int8 [rows, ceil(groups*bits/8)] (4 bits
+    each where codes take 3).
     Raises FormatError for a scalar shape.
     """
     if not shape:
@@ -168,5 +169,6 @@ def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
         "exponent": Part("int32", ()),
     }
     if fmt.has_zeros:
-        parts["zeros"] = Part("int8", (rows, -(-groups * fmt.bits // 8)))
+        width = 4 if fmt.bits == 3 else fmt.bits  # a zero point never straddles bytes
+        parts["zeros"] = Part("int8", (rows, -(-groups * width // 8)))
     return parts
