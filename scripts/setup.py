@@ -1,4 +1,4 @@
-"""`make setup`: a virtual environment in .venv with bitloft and the developers' tools, at the versions of constraints.txt.
+"""`make setup`: a virtual environment in .venv with bitloft and the developers' tools, as constraints.txt pins them.
 
 Standard library only, and quick when there is nothing to do: a stamp in .venv holds the hash of what was installed.
 
@@ -17,6 +17,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -52,8 +53,8 @@ def main() -> int:
 def setup() -> None:
     if sys.version_info < OLDEST:
         raise SetupError(
-            f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old, transformers needs {OLDEST[0]}.{OLDEST[1]} "
-            "or newer; name one with `make setup PYTHON=python3.12`."
+            f"Python {sys.version.split()[0]} is too old, transformers needs {OLDEST[0]}.{OLDEST[1]} or newer; "
+            "name one with `make setup PYTHON=python3.12`."
         )
     wanted = fingerprint()
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
@@ -142,7 +143,7 @@ def has_gpu() -> bool:
 
 
 def warn_of_cuda(torch: str) -> None:
-    """Say how to get the CPU build if pip would bring CUDA; pip reads the packages' metadata for this, not the packages."""
+    """Say how to get the CPU build if pip would bring CUDA; for this pip reads packages' metadata, not the packages."""
     report = json.loads(pip("install", "--dry-run", "--quiet", "--report", "-", torch))
     cuda = cuda_packages(report)
     if not cuda:
@@ -156,7 +157,7 @@ def warn_of_cuda(torch: str) -> None:
         time.sleep(PAUSE)
 
 
-def cuda_packages(report: dict) -> list[str]:  # type: ignore[type-arg]
+def cuda_packages(report: dict[str, Any]) -> list[str]:
     """Names in pip's installation report that belong to CUDA."""
     names = sorted(item["metadata"]["name"].lower() for item in report["install"])
     return [name for name in names if name.startswith(("nvidia-", "cuda-"))]
