@@ -6,6 +6,7 @@ at once from cumulative sums: the optimum is exact, and one sort replaces a grid
 same two steps (nearest codes, least-squares scale) alternate from a few starting scales and the best one is kept.
 """
 
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from bitloft.formats import UNIT, Format
 
-# Starting scales for the alternation, as multiples of the group's root mean square; 3 rounds each.
-STARTS = {3: (0.9, 1.1), 4: (0.9, 1.1)}
-ROUNDS = 4
-# Parts of the min-max range tried at each end by the range search of uniform codes.
-SHRINKS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
+# Starting scales of the alternation, as multiples of the group's root mean square, and rounds from each: against seven
+# starts of four rounds they lose 3 % of the error at 4 bits and 0.4 % at 3, in a quarter of the time.
+STARTS = (0.8, 0.95, 1.1, 1.25)
+ROUNDS = 2
+COARSE = 1024  # bins of the level table that the search looks up
 
 
 class Found(NamedTuple):
@@ -118,15 +119,17 @@ def _two_level_scale(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tenso
 
 
 def _alternate(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
-    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=x.device)
-    middles = (levels[1:] + levels[:-1]) / 2
+    """Alternate (coarsely) nearest codes and least-squares scales from each start; the scale of greatest gain."""
+    table, bins = _coarse_levels(fmt, str(x.device))
     count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
     rms = (x.square().sum(1, keepdim=True) / count).sqrt()
+    middle = torch.tensor(COARSE / 2, device=x.device)
     best = best_gain = torch.zeros_like(rms)
-    for start in STARTS[fmt.bits]:
+    for start in STARTS:
         scales = rms * start
         for _ in range(ROUNDS):
-            values = levels[torch.bucketize(x / scales.clamp_min(1e-38), middles, out_int32=True)]
+            index = torch.addcmul(middle, x, bins / scales.clamp_min(1e-30)).clamp_(0, COARSE - 1).int()
+            values = table.index_select(0, index.view(-1)).view_as(x)
             if mask is not None:
                 values = values * mask
             numerator = (values * x).sum(1, keepdim=True)
@@ -136,3 +139,16 @@ def _alternate(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "gr
         better = gain > best_gain
         best, best_gain = torch.where(better, scales, best), torch.where(better, gain, best_gain)
     return best
+
+
+@lru_cache(maxsize=16)
+def _coarse_levels(fmt: Format, device: str) -> tuple[Float[Tensor, " bins"], float]:
+    """The level at the middle of each of COARSE bins over the levels' range, and bins per unit.
+
+    A search needs no exact codes: only values within half a bin of a boundary may take the other side, at almost no
+    error, and a table costs an eighth of a bucketize. The codes that are stored come from ``nearest``.
+    """
+    levels = torch.tensor(fmt.levels)
+    top = float(levels[-1])
+    centers = (torch.arange(COARSE) + 0.5) * (2 * top / COARSE) - top
+    return levels[torch.bucketize(centers, (levels[1:] + levels[:-1]) / 2)].to(device), COARSE / (2 * top)

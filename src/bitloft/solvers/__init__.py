@@ -1,1 +1,42 @@
 """Solvers: pure functions from weights to codes and factors. They see tensors and options, never files or modules."""
+
+import torch
+from torch import Tensor
+
+from bitloft.errors import CheckpointError, OptionError
+from bitloft.formats import Format
+from bitloft.options import QuantizeOptions
+from bitloft.solvers.base import Solution
+from bitloft.solvers.loftq import loftq
+from bitloft.solvers.lowrank import generator_for
+from bitloft.solvers.qlora import qlora
+
+__all__ = ["Solution", "solve"]
+
+
+def solve(name: str, weight: Tensor, options: QuantizeOptions) -> Solution:
+    """Quantize one matrix [out, in] by the solver that the options name; ``name`` seeds it and appears in errors.
+
+    Raises CheckpointError on NaN or infinity, OptionError where the rank exceeds min(out, in).
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity; the source model is damaged and cannot be quantized."
+        )
+    if options.start_rank > min(weight.shape):
+        raise OptionError(
+            f"rank {options.rank} exceeds min(m, n) = {min(weight.shape)} of {name} {tuple(weight.shape)}; "
+            "use a smaller rank or skip this module."
+        )
+    matrix, fmt = weight.detach().float(), Format.parse(options.format)
+    if not options.start_rank:
+        return qlora(matrix, fmt)
+    return loftq(
+        matrix,
+        fmt,
+        rank=options.rank,
+        scaling=options.scaling,
+        start_format=Format.parse(options.start_format),
+        steps=options.steps,
+        generator=generator_for(options.seed, name),
+    )

@@ -3,8 +3,8 @@
     for t = 1..T:   Q_t = q(W - s*B_{t-1}*A_{t-1});   s*B_t*A_t = SVD_r(W - Q_t)
 
 Three things differ from the released code, none from the algorithm: the factors are divided by s = alpha / r, so that
-the model as loaded computes Q + s*B*A (peft#1982 computes Q + s*(s-free product)); the factors are rounded to the format
-they are stored in before the next step sees them; and the best iterate is kept, since the error may rise with T.
+the model as loaded computes Q + s*B*A (peft#1982 leaves s out); the factors are rounded to the format they are stored
+in before the next step sees them; and the best iterate is kept, since the error may rise with T.
 """
 
 import torch

@@ -1,0 +1,38 @@
+"""The model card that travels with a packed base."""
+
+from typing import Any
+
+from bitloft import __version__
+from bitloft.options import QuantizeOptions
+
+
+def of_base(report: Any, options: QuantizeOptions) -> str:
+    """README.md of a base directory; ``report`` is a QuantizeReport."""
+    start = f"rank {options.start_rank}, {options.start_format}" if options.start_rank else "none"
+    return f"""---
+library_name: transformers
+tags: [bitloft, {options.format}, {options.solver}]
+base_model: {report.source}
+---
+
+# {report.source}, packed by bitloft {__version__}
+
+| | |
+|---|---|
+| format | `{options.format}`, solver `{options.solver}` |
+| start (LoRA repair inside the base) | {start} |
+| true bits per packed weight | {report.true_bits:.3f} ({report.true_bits_with_start:.3f} with the start) |
+| packed weights | {report.weights:,} in {len(report.matrices)} matrices |
+| kept in 16 or 32 bit | embeddings {report.embedding_bytes:,} bytes, other {report.other_bytes:,} bytes |
+| fingerprint | `{report.fingerprint}` |
+
+Reading it needs the package `bitloft`; without it transformers refuses the packed weights with a size mismatch.
+
+```python
+import bitloft
+from transformers import AutoModelForCausalLM
+
+bitloft.register()
+model = AutoModelForCausalLM.from_pretrained("{report.out}")
+```
+"""

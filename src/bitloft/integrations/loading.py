@@ -1,0 +1,140 @@
+"""Reading a base directory: which class, which dtype, which fingerprint; packed adapters attached by name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+
+from bitloft.adapters import is_packed, read_packed
+from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
+from bitloft.errors import AdapterError, CheckpointError, OptionError
+from bitloft.modules.linear import quant_linears
+from bitloft.modules.multi import AdapterBank, install
+from bitloft.options import STARTS
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What identifies a packed base. ``fingerprint`` covers its weight files, start included; ``source`` the model that
+    was quantized (None where the directory was saved without a manifest)."""
+
+    directory: Path
+    fingerprint: str
+    source: str | None
+    options: dict[str, Any]
+
+
+def base_record(directory: Path | str, *, verify: bool = False) -> BaseRecord:
+    """Identify a base directory from its manifest (checked against every file with ``verify``), or from its weights.
+
+    Raises CheckpointError where the directory is not a bitloft base or is damaged.
+    """
+    directory = Path(directory)
+    options = _quantization_config(directory)["options"]
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory, "base", verify=verify)
+        return BaseRecord(directory, manifest["fingerprint"], manifest["source"], options)
+    return BaseRecord(directory, fingerprint(weight_files(directory)), None, options)
+
+
+def _quantization_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give a base made by `bitloft quantize`.")
+    config = read_json(directory / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "bitloft" or not isinstance(config.get("options"), dict):
+        raise CheckpointError(f"{directory} is not a bitloft base; make one with `bitloft quantize MODEL --out DIR`.")
+    return dict(config)
+
+
+def load(
+    directory: Path | str,
+    *,
+    adapters: Mapping[str, Path | str] | None = None,
+    start: str = "frozen",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> PreTrainedModel:
+    """A packed base with its start, in eval mode, and packed adapters attached by name.
+
+    With adapters, ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one name
+    per row, ``"__base__"`` meaning none. ``start="trainable"`` leaves the start out of the forward, for the caller to
+    hand to PEFT. ``dtype`` is that of the parts that are not packed: by default float32 on CPU, else as stored.
+    Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter of another base.
+    """
+    from bitloft.integrations import register
+
+    if start not in STARTS:
+        raise OptionError(f"start is {start!r}; use one of {', '.join(STARTS)}.")
+    register()
+    directory = Path(directory)
+    record = base_record(directory, verify=verify)
+    kind = model_class(read_json(directory / "config.json"), str(directory))
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    with quiet_loading():
+        model: PreTrainedModel = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+    model = model.to(device).eval()
+    for layer in quant_linears(model).values():
+        layer.start_enabled = start == "frozen"
+    if adapters:
+        attach(model, adapters, record)
+    return model
+
+
+def attach(model: PreTrainedModel, adapters: Mapping[str, Path | str], record: BaseRecord) -> None:
+    """Attach packed adapters that were made for this base."""
+    bank = AdapterBank(model)
+    for name, path in adapters.items():
+        if not is_packed(Path(path)):
+            raise AdapterError(f"{path} is not a packed adapter; make one with `bitloft compress {path} --out DIR`.")
+        adapter = read_packed(Path(path))
+        check_base(adapter.base, record, str(path))
+        bank.attach(name, adapter)
+    install(model, bank)
+
+
+def check_base(base: str | None, record: BaseRecord, adapter: str) -> None:
+    """Refuse an adapter whose file says that it was made for another base."""
+    if base is not None and base != record.fingerprint:
+        raise AdapterError(
+            f"adapter {adapter} was trained for another base (fingerprint {base[:12]}); {record.directory} is "
+            f"{record.fingerprint[:12]}. Use the base that it was trained on."
+        )
+
+
+def model_class(config: Mapping[str, Any], source: str) -> Any:
+    """The transformers class that a config names first; never code from the folder."""
+    names = config.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        raise CheckpointError(
+            f"{source} names the architecture {names[0] if names else None!r}, which transformers "
+            f"{transformers.__version__} does not have."
+        )
+    return kind
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """The tokenizer in a base directory. Raises CheckpointError where there is none."""
+    directory = Path(directory)
+    if not (directory / "tokenizer_config.json").exists():
+        raise CheckpointError(f"{directory} holds no tokenizer (tokenizer_config.json); text cannot be encoded.")
+    return AutoTokenizer.from_pretrained(directory)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hold back transformers' loading bar: the verbs show their own progress."""
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
