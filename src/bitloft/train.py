@@ -1,0 +1,221 @@
+"""The train verb: an adapter for a packed base, trained by the Hugging Face Trainer, complete on disk or not there.
+
+By default the base keeps its start frozen and a fresh adapter is trained on top; ``start="trainable"`` is LoftQ as
+published: the start itself is trained, and its difference to the frozen start is what is saved. Either way the
+adapter directory is PEFT's, relative to the base with its start.
+
+Checkpoints live in ``OUT.work`` beside ``OUT`` until the run is complete, together with what the run was asked for: a
+run is resumed with the same settings, base and data, or not at all.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from bitloft.checkpoint import read_json, sha256, write_json, writing
+from bitloft.errors import CheckpointError
+from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
+from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
+from bitloft.integrations.trainer import Progress, SafeTrainer, last_checkpoint, step_of
+from bitloft.options import TrainOptions
+from bitloft.tasks.lm import Collator, DataReport, Example, check_length, encode_rows, target_losses
+from bitloft.tasks.precision import Precision, choose_precision
+from bitloft.tasks.rows import read_rows
+
+REPORT = "train_report.json"
+SETTINGS = "settings.json"
+RANK = 16
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# settings that may change between a run and its continuation: they do not change what is computed
+FREE = ("resume", "save_every", "log_every")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What ``train`` did. ``history`` holds (step, loss, learning rate), each loss the mean since the entry before."""
+
+    out: str
+    base: str
+    start: str
+    rank: int
+    scaling: float
+    parameters: int
+    data: DataReport
+    steps: int
+    epochs: float
+    first_loss: float
+    last_loss: float
+    history: tuple[tuple[int, float, float], ...]
+    dtype: str
+    dtype_why: str
+    resumed_from: int | None
+    seconds: float
+    seconds_per_step: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+    **settings: Any,
+) -> TrainReport:
+    """Train an adapter for the packed base directory ``base`` on ``data`` (.jsonl rows or .txt) into ``out``.
+
+    Settings are the fields of TrainOptions. ``progress`` is called with (steps done, steps in all, text). Raises
+    OptionError, DataError (file and line) and CheckpointError before anything is trained; BitloftError where the loss
+    is not finite.
+    """
+    options, out = options or TrainOptions(**settings), Path(out)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already; remove it or choose another place.")
+    record, rows, tokenizer = base_record(base), read_rows(data), load_tokenizer(base)
+    examples, cut = encode_rows(rows, tokenizer, options.length)
+    model = load(base, start=options.start)  # on the CPU: the Trainer moves it to the device of its process
+    check_length(options.length, model.config)
+    precision = choose_precision(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    adapted, work = _adapted(model, options), out.with_name(out.name + ".work")
+    wanted = _identity(options, record, Path(data), precision)
+    resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite)
+    shown = Progress(progress)
+    trainer = _trainer(adapted, examples, Collator.for_tokenizer(tokenizer), options, precision, work, shown)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    seconds = time.perf_counter() - began
+    with writing(out, overwrite=overwrite) as directory:
+        made = {"base": record.fingerprint, "source": record.source, "start": options.start}
+        config = save_adapter(adapted, directory, base=str(base), record=made)
+        report = TrainReport(
+            out=str(out),
+            base=str(base),
+            start=options.start,
+            rank=config.r,
+            scaling=config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r),
+            parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+            data=cut,
+            steps=trainer.state.global_step,
+            epochs=float(trainer.state.epoch or 0.0),
+            first_loss=shown.history[0][1],
+            last_loss=shown.history[-1][1],
+            history=tuple(shown.history),
+            dtype=precision.name,
+            dtype_why=precision.why,
+            resumed_from=None if resumed is None else step_of(resumed),
+            seconds=seconds,
+            seconds_per_step=seconds / max(shown.steps_here, 1),
+        )
+        write_json(directory / REPORT, report.to_dict())
+    shutil.rmtree(work)
+    return report
+
+
+def _adapted(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
+    """The model with the adapter to train."""
+    if options.start == "trainable":
+        return start_adapter(model, dropout=options.dropout)
+    rank = options.rank or RANK
+    return fresh_adapter(
+        model,
+        rank=rank,
+        alpha=options.alpha or rank,
+        rslora=options.rslora,
+        dropout=options.dropout,
+        targets=options.target,
+        seed=options.seed,
+    )
+
+
+def _identity(options: TrainOptions, record: BaseRecord, data: Path, precision: Precision) -> dict[str, Any]:
+    """Everything that decides what is computed: a continued run must agree in it."""
+    asked = {key: value for key, value in asdict(options).items() if key not in FREE}
+    return asked | {
+        "target": list(options.target),
+        "dtype": precision.name,
+        "base": record.fingerprint,
+        "data": sha256(data),
+    }
+
+
+def _settle(work: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Make the work directory, or take over an interrupted one; the checkpoint to go on from, if there is one.
+
+    Raises CheckpointError where an interrupted run lies there and nothing says what to do with it, and where it was
+    run with other settings, on another base or other data.
+    """
+    if work.exists() and not resume and not overwrite:
+        raise CheckpointError(f"{work} holds an interrupted run; resume it, or remove the directory to begin anew.")
+    if resume and (work / SETTINGS).exists():
+        found = read_json(work / SETTINGS)
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise CheckpointError(
+                    f"the interrupted run in {work} had {key} {found.get(key)!r}, now it is {value!r}; resume with the "
+                    "same settings, or remove the directory to begin anew."
+                )
+        return last_checkpoint(work)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(work / SETTINGS, wanted)
+    return None
+
+
+def _trainer(
+    model: PeftModel,
+    examples: list[Example],
+    collate: Collator,
+    options: TrainOptions,
+    precision: Precision,
+    work: Path,
+    shown: Progress,
+) -> SafeTrainer:
+    """The Trainer for these options; AdamW without weight decay, gradients clipped at norm 1."""
+    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
+    steps = options.steps or math.ceil(options.epochs * per_epoch)
+    settings = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        max_steps=steps,
+        learning_rate=options.lr,
+        lr_scheduler_type=SCHEDULERS[options.schedule],
+        warmup_steps=math.ceil(options.warmup * steps),
+        bf16=precision.dtype == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 1,
+        seed=options.seed,
+        data_seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = SafeTrainer(
+        losses=lambda adapted, batch: target_losses(adapted, batch)[0],
+        model=model,
+        args=settings,
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[shown],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
