@@ -1,4 +1,4 @@
-"""The dense model to quantize: a hub name, a safetensors folder or a GGUF file, opened without ever touching a pickle."""
+"""The dense model to quantize: a hub name, a safetensors folder or a GGUF file, never a pickle."""
 
 import hashlib
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ and masks and several times faster in torch.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import prod
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from bitloft.errors import KernelError
-from bitloft.formats import UNIT, Format
+from bitloft.formats import UNIT, Format, layout
 from bitloft.kernels import search
 from bitloft.packed import PackedTensor, pack_bits, pack_scales, unpack_bits, unpack_scales
 
@@ -36,7 +37,8 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
     (LoRAQuant). Raises KernelError on NaN or infinity.
     """
     fmt = Format.parse(fmt)
-    rows = x.reshape(-1, x.shape[-1]).float() if x.ndim else x.reshape(1, 1).float()
+    layout(tuple(x.shape), fmt)  # refuses a scalar
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1]).float()
     if not bool(torch.isfinite(rows).all()):
         raise KernelError(f"cannot encode a tensor of shape {tuple(x.shape)} to {fmt}: it holds NaN or infinity.")
     columns = rows.shape[1]

@@ -1,0 +1,253 @@
+"""What each command does on a terminal: call the verb with a progress bar, print what came of it.
+
+Verbs are imported inside the functions, so that ``bitloft --help`` loads neither torch nor transformers.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitloft.errors import OptionError
+from bitloft.options import (
+    CompressOptions,
+    EvalOptions,
+    GenerateOptions,
+    QuantizeOptions,
+    ServeOptions,
+    TrainOptions,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Base = Annotated[Path, typer.Argument(metavar="DIR", help="a base made by `bitloft quantize`")]
+Out = Annotated[Path, typer.Option("--out", help="directory to make; written beside and renamed")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace --out where it exists")]
+Data = Annotated[Path, typer.Option("--data", help="FILE.jsonl (text, prompt/completion or messages rows) or FILE.txt")]
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="hub name, safetensors folder or .gguf file")],
+    out: Out,
+    options: QuantizeOptions,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a model to 2-4 bits and find the LoRA start that repairs it."""
+    from bitloft.quantize import quantize as verb
+
+    with progress("quantizing") as step:
+        report = verb(model, out, options, overwrite=overwrite, progress=step)
+    before = sum(m.error_before for m in report.matrices) / len(report.matrices)
+    after = sum(m.error_after for m in report.matrices) / len(report.matrices)
+    show(
+        f"{report.source} -> {report.out}",
+        {
+            "packed": f"{len(report.matrices)} matrices, {report.weights:,} weights in {options.format}",
+            "true bits": f"{report.true_bits:.3f} per weight, {report.true_bits_with_start:.3f} with the start",
+            "mean error": f"{before:.4f} rounded, {after:.4f} with the start (relative Frobenius norm)",
+            "stored": f"{size(report.stored_bytes)}, of it embeddings {size(report.embedding_bytes)}",
+            "was": size(report.source_bytes),
+            "left alone": _reasons(report.left),
+            "ignored": ", ".join(report.ignored) or "nothing",
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for reason in left.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "nothing"
+
+
+def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Overwrite = False) -> None:
+    """Fine-tune a LoRA adapter on a packed base."""
+    from bitloft.train import train as verb
+
+    report = verb(base, data, out, options, overwrite=overwrite)
+    show(f"adapter {out}", report.summary())
+
+
+def compress(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory")],
+    out: Out,
+    options: CompressOptions,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a trained adapter into a packed one of 0.2 to 4 true bits."""
+    from bitloft.compress import compress as verb
+
+    report = verb(adapter, out, options, overwrite=overwrite)
+    show(f"packed adapter {out}", report.summary())
+
+
+def expand(
+    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="a packed adapter")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a packed adapter back into a plain PEFT directory."""
+    from bitloft.compress import expand as verb
+
+    verb(packed, out, overwrite=overwrite)
+    show(f"plain adapter {out}", {"from": str(packed)})
+
+
+def evaluate(
+    base: Base,
+    data: Data,
+    options: EvalOptions,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="plain or packed adapter to put on the base")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Measure held-out loss and perplexity, with their standard errors."""
+    from bitloft.evaluate import evaluate as verb
+
+    report = verb(base, data, options, adapter=adapter)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        show(f"{base} on {data.name}", report.summary())
+
+
+def generate(
+    base: Base,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="a prompt; repeat for more")],
+    options: GenerateOptions,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="[NAME=]PATH; repeat: every prompt is answered by each")
+    ] = None,
+) -> None:
+    """Answer prompts by the base, or by several adapters in one batch."""
+    from bitloft.generate import generate as verb
+
+    adapters = named_paths(adapter or [])
+    names: Sequence[str | None] = list(adapters) or [None]
+    rows = [(text, name) for text in prompt for name in names]
+    answers = verb(base, [text for text, _ in rows], adapters, [name for _, name in rows], options)
+    for (text, name), answer in zip(rows, answers, strict=True):
+        typer.echo(f"[{name or 'base'}] {text}\n{answer}\n")
+
+
+def named_paths(given: Sequence[str]) -> dict[str, Path]:
+    """NAME=PATH or PATH (named by its last part) -> path. Raises OptionError for a name given twice."""
+    found: dict[str, Path] = {}
+    for item in given:
+        name, sep, path = item.partition("=")
+        if not sep:
+            name, path = Path(item).name, item
+        if name in found:
+            raise OptionError(f"two adapters are named {name!r}; tell them apart by NAME=PATH.")
+        found[name] = Path(path)
+    return found
+
+
+def serve(
+    base: Base,
+    options: ServeOptions,
+    adapter_dir: Annotated[
+        Path | None, typer.Option("--adapter-dir", help="directory whose subdirectories are adapters")
+    ] = None,
+) -> None:
+    """Serve a base and its adapters over an OpenAI-shaped HTTP interface."""
+    from bitloft.serve.http import serve as verb
+
+    verb(base, adapter_dir, options)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a base, a plain adapter or a packed one")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Show what is inside: per module format, true bits, payload bits and error."""
+    from bitloft.inspection import inspect as verb
+
+    found = verb(path)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    show(f"{found.kind} {path}", found.summary)
+    _print(table(found.columns, found.rows))
+
+
+def info() -> None:
+    """Show versions, the machine, and which kernels run and why."""
+    from bitloft.inspection import machine
+
+    show("bitloft", machine())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "train": train,
+    "compress": compress,
+    "expand": expand,
+    "eval": evaluate,
+    "generate": generate,
+    "serve": serve,
+    "inspect": inspect,
+    "info": info,
+}
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1,000-based, three digits."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= power:
+            return f"{count / power:.3g} {unit}"
+    return f"{count} B"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> "Table":
+    from rich.table import Table
+
+    made = Table(*columns)
+    for row in rows:
+        made.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    return made
+
+
+def show(title: str, facts: Mapping[str, object]) -> None:
+    """A titled list of facts."""
+    from rich.table import Table
+
+    made = Table(title=title, show_header=False, title_justify="left")
+    for key, value in facts.items():
+        made.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    _print(made)
+
+
+def _print(item: Any) -> None:
+    from rich.console import Console
+
+    Console().print(item)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with time left on stderr; on a pipe, a line every ten seconds. Yields step(done, total, name)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        spoken = time.monotonic()
+
+        def step(done: int, total: int, name: str) -> None:
+            nonlocal spoken
+            bar.update(task, completed=done, total=total, description=f"{title} {name}")
+            if not console.is_terminal and (time.monotonic() - spoken > 10 or done == total):
+                spoken = time.monotonic()
+                console.print(f"{title}: {done} of {total} ({name})", highlight=False)
+
+        yield step
