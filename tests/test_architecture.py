@@ -23,6 +23,8 @@ LAYERS = (
     ("kernels",),
     ("solvers", "checkpoint"),
     ("adapter_config",),
+    ("adapter_table",),
+    ("adapter_files",),
     ("adapters",),
     ("modules",),
     ("integrations",),

@@ -3,6 +3,7 @@
 A field's ``help`` becomes the flag's help text. Values are checked here, once, before any file is touched.
 """
 
+import os
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -68,9 +69,9 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How an adapter is trained: its shape, the optimizer's course (AdamW, gradients clipped at norm 1), the data cut."""
+    """How an adapter is trained: its shape, the optimizer's course (AdamW, gradients clipped at norm 1), the data."""
 
-    start: str = option("frozen", "frozen (a fresh adapter over the base's start) or trainable (train the start itself)")
+    start: str = option("frozen", "frozen (a fresh adapter over the base's start) or trainable (the start itself)")
     rank: int | None = option(None, "rank of the adapter (default: 16; with a trainable start, the start's own)")
     alpha: float | None = option(None, "scaling numerator (default: the rank; with a trainable start, the start's own)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank")
@@ -119,6 +120,35 @@ class EvalOptions:
         require(self.length >= 2, f"length is {self.length}; use 2 or more.")
 
 
+METHODS = ("waterfill", "loraquant")
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How an adapter is packed: under a budget of true bits (waterfill), or as LoRAQuant's paper does (high@ratio)."""
+
+    method: str = option("waterfill", "waterfill (one budget over all components) or loraquant (as published)")
+    bits: float | None = option(None, "true bits per trained value, all files counted; for waterfill (default: 0.8)")
+    high: int | None = option(None, "bits of the leading components, 2 or 3; for loraquant (default: 2)")
+    ratio: float | None = option(None, "energy share of the leading components; for loraquant (default: 0.8)")
+
+    def __post_init__(self) -> None:
+        _require_choices(method=(self.method, METHODS))
+        foreign = ("high", "ratio") if self.method == "waterfill" else ("bits",)
+        for name in foreign:
+            require(getattr(self, name) is None, f"{name} does not apply to method {self.method}; leave it out.")
+        _require_positive(self, "bits")
+        require(self.high in (None, 2, 3), f"high is {self.high}; use 2 or 3.")
+        require(self.ratio is None or 0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1.")
+
+    @property
+    def settings(self) -> dict[str, str | float | int]:
+        """The method with its settings, defaults filled in, as the manifest records them."""
+        if self.method == "waterfill":
+            return {"name": "waterfill", "bits": 0.8 if self.bits is None else self.bits}
+        return {"name": "loraquant", "high": self.high or 2, "ratio": 0.8 if self.ratio is None else self.ratio}
+
+
 def _require_positive(options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
@@ -128,3 +158,64 @@ def _require_positive(options: object, *names: str) -> None:
 def _require_choices(**choices: tuple[str, tuple[str, ...]]) -> None:
     for name, (value, allowed) in choices.items():
         require(value in allowed, f"unknown {name} {value!r}; use one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How prompts are answered."""
+
+    max_tokens: int = option(128, "tokens of an answer at most")
+    temperature: float = option(0.0, "0 takes the likeliest token; higher values sample")
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this share of the probability")
+    seed: int = option(0, "seed of the sampling")
+    raw: bool = option(False, "continue the prompt as it is, without the chat template")
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_tokens", "top_p")
+        require(
+            isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}; use 0 or more."
+        )
+        require(self.top_p <= 1, f"top_p is {self.top_p}; use a share above 0 and up to 1.")
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEY_VARIABLE = "BITLOFT_API_KEY"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a base and a directory of adapters are served."""
+
+    adapter_dir: str | None = option(None, "directory that holds one adapter per subdirectory, served by its name")
+    name: str | None = option(None, "model name of the base (default: the name of its directory)")
+    host: str = option("127.0.0.1", "address to listen on; others than this machine need a key")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = field(
+        default=None, repr=False, metadata={"help": f"key that clients must send (default: {KEY_VARIABLE}, if set)"}
+    )
+    insecure_no_auth: bool = option(False, "allow a host that others reach without a key")
+    max_batch: int = option(8, "requests that are computed at the same time")
+    max_queue: int = option(64, "requests that may wait; more are refused with status 429")
+    context: int | None = option(None, "tokens of prompt and answer together (default: the model's own limit)")
+    max_tokens: int = option(1024, "tokens of an answer that a request may ask for")
+    queue_seconds: float = option(30.0, "a request that waited longer is refused with status 503")
+    request_seconds: float = option(300.0, "a request that takes longer ends with an error")
+    drain_seconds: float = option(30.0, "time that running requests have to end after SIGTERM")
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_batch", "max_queue", "context", "max_tokens", "queue_seconds", "request_seconds")
+        require(0 <= self.port < 1 << 16, f"port is {self.port}; use 0 to 65535.")
+        require(
+            isfinite(self.drain_seconds) and self.drain_seconds >= 0,
+            f"drain_seconds is {self.drain_seconds}; use 0 or more.",
+        )
+        require(
+            self.host in LOOPBACK or self.key is not None or self.insecure_no_auth,
+            f"host {self.host} is reached from other machines; set a key (api_key or {KEY_VARIABLE}) or allow it "
+            "without one (insecure_no_auth).",
+        )
+
+    @property
+    def key(self) -> str | None:
+        """The key that clients must send, None for none: the option, else the environment's."""
+        return self.api_key or os.environ.get(KEY_VARIABLE) or None

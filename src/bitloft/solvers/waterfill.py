@@ -1,0 +1,151 @@
+"""Reverse water-filling: 0 to 4 bits for every singular component of every matrix, under one budget of bytes.
+
+    s*B*A = sum_i s_i u_i v_i^T  ~  sum_i (s_i g_i) c_i^u (c_i^v)^T
+
+c^u, c^v are codes on Lloyd-Max levels (signs at one bit). A rank-1 product needs one scale only, so A stores fp16
+s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) / (c^u.c^u c^v.c^v) is the least-squares choice, and the
+error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is known before anything is packed. Bits then go wherever they
+lower the error most per byte, jumps over widths included (the lower convex hull of each component's error curve).
+
+The alternative not taken, a share of the budget per matrix, ignores that the spectra of real adapters are steep and
+differ tenfold between matrices: measured on trained adapters, one budget for all is where most of the gain comes from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitloft.formats import ROW, UNIT, Format
+from bitloft.kernels.ops import decode, encode
+from bitloft.packed import PackedTensor, pack_scales
+from bitloft.solvers.adapter import Components, PackedBlock
+
+WIDTHS = (1, 2, 3, 4)
+SCALE_BYTES = 2  # one fp16 scale per stored component
+
+
+def code_format(bits: int, group: int) -> Format:
+    """Signs at one bit, Lloyd-Max levels above."""
+    return Format("sign", 1, group) if bits == 1 else Format("lm", bits, group)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One matrix with each component coded at every width; widths index the first axis (0 bits first in ``errors``)."""
+
+    a: tuple[PackedTensor, ...]
+    bt: tuple[PackedTensor, ...]
+    scales: Float[Tensor, "widths rank"]
+    errors: Float[Tensor, "choices rank"]
+    costs: tuple[int, ...]
+
+
+def code(exact: Components) -> Coded:
+    """Codes, scales, squared errors and costs in bytes of every component at 0, 1, 2, 3 and 4 bits."""
+    energy = exact.s.double().square()
+    coded = [_code_at(exact, bits) for bits in WIDTHS]
+    columns, rows = exact.v.shape[1], exact.u.shape[1]
+    width = sum(Format("lm", 2, ROW).width(n) for n in (columns, rows))  # padded to whole bytes in every plane
+    return Coded(
+        tuple(c[0] for c in coded),
+        tuple(c[1] for c in coded),
+        torch.stack([exact.s * c[2] for c in coded]),
+        torch.stack([energy, *(energy * c[3] for c in coded)]),
+        (0, *(width * bits // 8 + SCALE_BYTES for bits in WIDTHS)),
+    )
+
+
+def _code_at(exact: Components, bits: int) -> tuple[PackedTensor, PackedTensor, Tensor, Tensor]:
+    """Unit codes of v and u, the scale g of their product and the part of the energy that is lost."""
+    v, u = _unit_codes(exact.v, bits), _unit_codes(exact.u, bits)
+    inner_v, norm_v = _fit(exact.v, v)
+    inner_u, norm_u = _fit(exact.u, u)
+    g = inner_v * inner_u / (norm_v * norm_u)
+    lost = 1 - (inner_v * inner_u).square() / (norm_v * norm_u)
+    return v, u, g.float(), lost.clamp_min(0)
+
+
+def _unit_codes(x: Float[Tensor, "rank columns"], bits: int) -> PackedTensor:
+    """The codes that fit each row best at its best scale, kept without that scale."""
+    best = encode(x, code_format(bits, ROW))
+    return PackedTensor(
+        code_format(bits, UNIT), best.shape, best.codes, best.scales[:, :0], torch.zeros_like(best.exponent)
+    )
+
+
+def _fit(
+    x: Float[Tensor, "rank columns"], codes: PackedTensor
+) -> tuple[Float[Tensor, " rank"], Float[Tensor, " rank"]]:
+    levels = decode(codes)
+    return (x * levels).sum(1, dtype=torch.float64), levels.square().sum(1, dtype=torch.float64)
+
+
+def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " rank"]], int]:
+    """Bits per component of each matrix, and their bytes (at most ``budget``): greatest fall of the error first."""
+    ranks = [c.errors.shape[1] for c in coded]
+    widths, spent = torch.zeros(sum(ranks), dtype=torch.int64), 0
+    refused: set[int] = set()
+    for component, cost, bits in _steps(coded):
+        if component in refused or spent + cost > budget:
+            refused.add(component)  # what lies above a step that does not fit would need that step first
+            continue
+        widths[component], spent = bits, spent + cost
+    return list(widths.split(ranks)), spent
+
+
+def least(coded: Sequence[Coded]) -> list[Int[Tensor, " rank"]] | None:
+    """The cheapest allocation that stores anything: one component at its first step. None where all are zero."""
+    first: dict[int, tuple[int, int]] = {}
+    for component, cost, bits in _steps(coded):
+        first.setdefault(component, (cost, bits))
+    if not first:
+        return None
+    cheapest = min(first, key=lambda component: first[component][0])
+    ranks = [c.errors.shape[1] for c in coded]
+    widths = torch.zeros(sum(ranks), dtype=torch.int64)
+    widths[cheapest] = first[cheapest][1]
+    return list(widths.split(ranks))
+
+
+def _steps(coded: Sequence[Coded]) -> list[tuple[int, int, int]]:
+    """(component, extra bytes, bits reached): the edges of every error curve's lower hull, steepest first."""
+    errors = torch.cat([c.errors.T for c in coded])
+    costs = torch.cat([torch.tensor(c.costs).expand(c.errors.shape[1], -1) for c in coded])
+    at = torch.zeros(errors.shape[0], 1, dtype=torch.int64)
+    found = []
+    for _ in WIDTHS:
+        fall, extra = errors.gather(1, at) - errors, costs - costs.gather(1, at)
+        slope, to = torch.where((extra > 0) & (fall > 0), fall / extra.clamp_min(1), -1.0).max(1, keepdim=True)
+        live = (slope > 0).squeeze(1)
+        component = live.nonzero()
+        found.append(torch.cat([slope[live], component, extra.gather(1, to)[live], to[live]], dim=1))
+        at = torch.where(live.unsqueeze(1), to, at)
+    edges = torch.cat(found)
+    edges = edges[edges[:, 0].argsort(descending=True, stable=True)]
+    return [(int(c), int(b), int(t)) for c, b, t in edges[:, 1:].tolist()]
+
+
+def pack(coded: Sequence[Coded], widths: Sequence[Int[Tensor, " rank"]]) -> list[tuple[PackedBlock, ...]]:
+    """Blocks of each matrix, narrow components first: at most one block per width, all scales in one unit."""
+    rows = [[(bits, (w == bits).nonzero().squeeze(1)) for bits in WIDTHS if bool((w == bits).any())] for w in widths]
+    scales = [c.scales[bits - 1, index] for c, parts in zip(coded, rows, strict=True) for bits, index in parts]
+    if not scales:
+        return [() for _ in coded]
+    stored, exponent = pack_scales(torch.cat(scales).unsqueeze(1))
+    remaining = iter(stored.split([s.numel() for s in scales]))
+    return [
+        tuple(_block(c, bits, index, next(remaining), exponent) for bits, index in parts)
+        for c, parts in zip(coded, rows, strict=True)
+    ]
+
+
+def _block(coded: Coded, bits: int, index: Tensor, scales: Tensor, exponent: Tensor) -> PackedBlock:
+    a, bt = coded.a[bits - 1], coded.bt[bits - 1]
+    count = index.numel()
+    return PackedBlock(
+        PackedTensor(code_format(bits, ROW), (count, a.shape[1]), a.codes[index], scales, exponent),
+        PackedTensor(bt.format, (count, bt.shape[1]), bt.codes[index], bt.scales[index], bt.exponent),
+    )
