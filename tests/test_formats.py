@@ -1,5 +1,6 @@
 """Formats: spellings, levels, and the layout that everything else trusts."""
 
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_nf2_and_nf3_are_loftqs() -> None:
 def test_lloyd_max_levels_meet_both_conditions(bits: int) -> None:
     """Each level is the mean of a standard normal between the middles of its neighbors."""
     half = LLOYD_MAX[bits]
-    edges = [0.0, *((a + b) / 2 for a, b in zip(half, half[1:], strict=False)), math.inf]
+    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(half)), math.inf]
 
     def density(x: float) -> float:
         return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)

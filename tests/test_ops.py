@@ -132,7 +132,7 @@ def test_tiles_are_bounded_and_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_widths_are_refused() -> None:
     weight = encode(torch.randn(8, 64), "lm2:64")
-    with pytest.raises(KernelError, match="32 columns.*needs 64"):
+    with pytest.raises(KernelError, match=r"32 columns.*needs 64"):
         packed_linear(torch.randn(2, 32), weight)
     with pytest.raises(KernelError, match="needs 8"):
         packed_linear_grad_input(torch.randn(2, 64), weight)

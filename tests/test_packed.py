@@ -63,7 +63,7 @@ def test_parts_of_another_shape_or_dtype_are_refused_by_name() -> None:
     parts = packed.tensors()
     with pytest.raises(FormatError, match="part 'codes'"):
         PackedTensor.from_tensors(packed.format, (4, 128), parts)
-    with pytest.raises(FormatError, match="part 'scales' .* must be int16"):
+    with pytest.raises(FormatError, match=r"part 'scales' .* must be int16"):
         PackedTensor.from_tensors(packed.format, (4, 64), parts | {"scales": parts["scales"].int()})
     with pytest.raises(FormatError, match="has parts"):
         PackedTensor.from_tensors(Format.parse("uniform2:64"), (4, 64), parts)

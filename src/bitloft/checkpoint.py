@@ -201,7 +201,7 @@ def read_manifest(directory: Path | str, kind: str, *, verify: bool = True) -> d
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind or not isinstance(manifest.get("files"), dict):
         found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{directory / MANIFEST} does not describe a {kind} (found {found!r}).")
+        raise CheckpointError(f"{directory / MANIFEST} does not describe a bundle of kind {kind!r} (found {found!r}).")
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{directory} has schema {manifest.get('schema')!r}; this version reads {SCHEMA}.")
     for name, record in manifest["files"].items() if verify else ():

@@ -38,7 +38,7 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
     """
     fmt = Format.parse(fmt)
     layout(tuple(x.shape), fmt)  # refuses a scalar
-    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1]).float()
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1]).float().contiguous()
     if not bool(torch.isfinite(rows).all()):
         raise KernelError(f"cannot encode a tensor of shape {tuple(x.shape)} to {fmt}: it holds NaN or infinity.")
     columns = rows.shape[1]
