@@ -70,21 +70,52 @@ def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Ov
     """Fine-tune a LoRA adapter on a packed base."""
     from bitloft.train import train as verb
 
-    report = verb(base, data, out, options, overwrite=overwrite)
-    show(f"adapter {out}", report.summary())
+    with progress("training") as step:
+        report = verb(base, data, out, options, overwrite=overwrite, progress=step)
+    show(
+        f"adapter {out}",
+        {
+            "loss": f"{report.first_loss:.4f} -> {report.last_loss:.4f} in {report.steps} steps",
+            "adapter": f"rank {report.rank}, {report.parameters:,} values, start {report.start}",
+            "data": _data(report.data),
+            "computed in": f"{report.dtype} ({report.dtype_why})",
+            "resumed from": "the beginning" if report.resumed_from is None else f"step {report.resumed_from}",
+            "time": f"{report.seconds:.1f} s, {report.seconds_per_step:.2f} s a step",
+        },
+    )
+
+
+def _data(report: Any) -> str:
+    """Counts of a DataReport, and what the user must be told about the rows."""
+    counts = f"{report.rows:,} rows, {report.examples:,} sequences, {report.target_tokens:,} target tokens"
+    return " ".join([counts + ".", *report.sentences()])
 
 
 def compress(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory")],
     out: Out,
     options: CompressOptions,
+    base: Annotated[Path | None, typer.Option("--base", help="refuse an adapter that is not of this base")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Quantize a trained adapter into a packed one of 0.2 to 4 true bits."""
     from bitloft.compress import compress as verb
 
-    report = verb(adapter, out, options, overwrite=overwrite)
-    show(f"packed adapter {out}", report.summary())
+    with progress("packing") as step:
+        report = verb(adapter, out, options, base=base, overwrite=overwrite, progress=step)
+    show(
+        f"packed adapter {out}",
+        {
+            "method": ", ".join(f"{key}={value}" for key, value in report.method.items()),
+            "true bits": f"{report.true_bits:.3f} per trained value, all files counted",
+            "payload bits": f"{report.payload_bits:.3f} per trained value, codes alone",
+            "error": f"{report.error:.4f} (squared error of the product, relative)",
+            "stored": f"{size(report.bytes)}, was {size(report.source_bytes)}",
+            "notes": "; ".join(report.notes) or "none",
+            "ignored": ", ".join(report.ignored) or "nothing",
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
 
 
 def expand(
@@ -111,11 +142,26 @@ def evaluate(
     """Measure held-out loss and perplexity, with their standard errors."""
     from bitloft.evaluate import evaluate as verb
 
-    report = verb(base, data, options, adapter=adapter)
+    with progress("evaluating") as step:
+        report = verb(base, data, adapter, options, progress=step)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
-    else:
-        show(f"{base} on {data.name}", report.summary())
+        return
+    show(
+        f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""),
+        {
+            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
+            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
+            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
+            "data": _data(report.data),
+            "computed in": report.dtype,
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
+
+
+def _error(value: float | None) -> str:
+    return "unknown (one document)" if value is None else f"{value:.4g}"
 
 
 def generate(
