@@ -41,6 +41,7 @@ KEPT = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", 
 _KEY = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.){1,400}")
 _NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+){0,40}")
 NAME_LIMIT = 400
+ALPHA_LIMIT = 1e30  # beyond it no product stays within float32
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,9 @@ def _rank(value: object, field: str, where: str) -> int:
 
 
 def _alpha(value: object, field: str, where: str) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= ALPHA_LIMIT:
         raise AdapterError(f"{field} of adapter {where} is {_short(value)}; it must be a positive finite number.")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _short(value: object) -> str:

@@ -83,7 +83,7 @@ def _fit(
     return (x * levels).sum(1, dtype=torch.float64), levels.square().sum(1, dtype=torch.float64)
 
 
-def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " rank"]], int]:
+def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " _"]], int]:
     """Bits per component of each matrix, and their bytes (at most ``budget``): greatest fall of the error first."""
     ranks = [c.errors.shape[1] for c in coded]
     widths, spent = torch.zeros(sum(ranks), dtype=torch.int64), 0
@@ -96,7 +96,7 @@ def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " ra
     return list(widths.split(ranks)), spent
 
 
-def least(coded: Sequence[Coded]) -> list[Int[Tensor, " rank"]] | None:
+def least(coded: Sequence[Coded]) -> list[Int[Tensor, " _"]] | None:
     """The cheapest allocation that stores anything: one component at its first step. None where all are zero."""
     first: dict[int, tuple[int, int]] = {}
     for component, cost, bits in _steps(coded):
@@ -128,7 +128,7 @@ def _steps(coded: Sequence[Coded]) -> list[tuple[int, int, int]]:
     return [(int(c), int(b), int(t)) for c, b, t in edges[:, 1:].tolist()]
 
 
-def pack(coded: Sequence[Coded], widths: Sequence[Int[Tensor, " rank"]]) -> list[tuple[PackedBlock, ...]]:
+def pack(coded: Sequence[Coded], widths: Sequence[Int[Tensor, " _"]]) -> list[tuple[PackedBlock, ...]]:
     """Blocks of each matrix, narrow components first: at most one block per width, all scales in one unit."""
     rows = [[(bits, (w == bits).nonzero().squeeze(1)) for bits in WIDTHS if bool((w == bits).any())] for w in widths]
     scales = [c.scales[bits - 1, index] for c, parts in zip(coded, rows, strict=True) for bits, index in parts]
