@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_bad_input(base: Path, data: Path, tiny_model: Path, tmp_path: Path) -> 
         ({"dtype": "half"}, "unknown dtype 'half'; use one of auto, float32, bfloat16"),
     ],
 )
-def test_bad_options(base: Path, data: Path, settings_: dict[str, int], sentence: str) -> None:
+def test_bad_options(base: Path, data: Path, settings_: dict[str, Any], sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence):
         evaluate(base, data, **settings_)
 

@@ -187,7 +187,8 @@ def _clusters(examples: Sequence[Example], one_document: bool) -> Int[Tensor, "s
     """The cluster of each example, numbered from 0: its row, or itself where all come from one document."""
     if one_document:
         return torch.arange(len(examples))
-    return torch.unique(torch.tensor([example.row for example in examples]), return_inverse=True)[1]
+    numbers: Tensor = torch.unique(torch.tensor([example.row for example in examples]), return_inverse=True)[1]
+    return numbers
 
 
 def _total(values: Float[Tensor, "sequences"], clusters: Int[Tensor, "sequences"]) -> Float[Tensor, "clusters"]:

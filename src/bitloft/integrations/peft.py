@@ -83,7 +83,7 @@ def fresh_adapter(
     model: PreTrainedModel,
     *,
     rank: int,
-    alpha: float,
+    alpha: float | int,
     rslora: bool = False,
     dropout: float = 0.0,
     targets: tuple[str, ...] = (),
@@ -102,7 +102,7 @@ def fresh_adapter(
             raise OptionError(f"rank {rank} is larger than {name} of shape {shape} allows; use {min(shape)} or less.")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=_plain(alpha),
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=_short(model, set(names)),
@@ -130,7 +130,7 @@ def start_adapter(model: PreTrainedModel, *, dropout: float = 0.0) -> PeftModel:
     (rank, scaling) = kinds.pop()
     config = LoraConfig(
         r=rank,
-        lora_alpha=scaling * rank,
+        lora_alpha=_plain(scaling * rank),
         lora_dropout=dropout,
         target_modules=_short(model, set(started)),
         task_type="CAUSAL_LM",
@@ -147,6 +147,11 @@ def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():  # PEFT 0.21 asks transformers 5.23 by a name that it is about to drop
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return get_peft_model(model, config)
+
+
+def _plain(alpha: float | int) -> float | int:
+    """An integer where it is one: readers of adapter_config.json expect it."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -197,7 +202,8 @@ def difference(
     left, middle_left = torch.linalg.qr(torch.cat([scaling * b.double(), -scaling0 * b0.double()], dim=1))
     right, middle_right = torch.linalg.qr(torch.cat([a.double(), a0.double()]).T)
     u, s, vt = torch.linalg.svd(middle_left @ middle_right.T)
-    k = int((s > torch.finfo(torch.float32).eps * s[0]).sum())
+    noise = 1e-13 * middle_left.norm() * middle_right.norm()  # what float64 leaves where the terms cancel
+    k = int((s > torch.maximum(torch.finfo(torch.float32).eps * s[0], noise)).sum())
     root = s[:k].sqrt()
     return (root[:, None] * vt[:k] @ right.T).float(), ((left @ u[:, :k]) * root).float()
 
