@@ -20,7 +20,7 @@ def run(*arguments: str | Path) -> str:
     """Run a command in this process; fails with its output unless it succeeds."""
     result = runner.invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def refused(*arguments: str | Path) -> str:
@@ -60,7 +60,8 @@ def test_the_whole_life(tiny_model: Path, tmp_path: Path) -> None:
     assert "true bits" in run("compress", adapter, "--out", packed, "--bits", "4", "--base", base)
     run("expand", packed, "--out", plain)
     assert {p.name for p in plain.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    for given in ([], ["--adapter", adapter], ["--adapter", packed]):
+    choices: list[list[str | Path]] = [[], ["--adapter", adapter], ["--adapter", packed]]
+    for given in choices:
         report = json.loads(run("eval", base, "--data", data, "--length", "64", "--json", *given))
         assert report["perplexity"] > 1
     assert "perplexity" in run("eval", base, "--data", data, "--length", "64")

@@ -30,7 +30,7 @@ def test_without_a_report_the_headers_answer(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "b" / "manifest.json").unlink()
     found = inspect(tmp_path / "b")
     assert found.summary["fingerprint"] == "no manifest"
-    down = next(row for row in found.rows if row[0].endswith("0.mlp.down_proj"))
+    down = next(row for row in found.rows if str(row[0]).endswith("0.mlp.down_proj"))
     assert down[2] == "64 x 128"  # 96 columns padded to whole groups
     assert len(found.rows) == len(report.matrices)
 

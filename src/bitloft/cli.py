@@ -49,17 +49,17 @@ def command(name: str, run: Callable[..., None]) -> None:
 
 def _flags(kind: type) -> list[inspect.Parameter]:
     """One keyword parameter per field: tuples become repeatable flags, None an optional value."""
-    hints = get_type_hints(kind)
+    hints: dict[str, Any] = get_type_hints(kind)
     flags = []
     for f in fields(kind):
-        hint = hints[f.name]
+        hint: Any = hints[f.name]
         default: Any = None if f.default is MISSING else f.default
         if isinstance(default, tuple):
             hint, default = list[str], list(default)
         elif type(None) in get_args(hint):
             hint = Optional[next(a for a in get_args(hint) if a is not type(None))]  # noqa: UP045 (typer's spelling)
         about = typer.Option("--" + f.name.replace("_", "-"), help=f.metadata["help"])
-        annotation = Annotated[hint, about]
+        annotation: Any = Annotated[hint, about]
         flags.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return flags
 
