@@ -3,7 +3,9 @@
 Attributes load on first use (PEP 562), so ``import bitloft`` starts neither torch nor transformers.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -42,6 +44,17 @@ if TYPE_CHECKING:
     from bitloft.packed import PackedTensor
     from bitloft.quantize import quantize
     from bitloft.train import train
+
+
+class _Package(ModuleType):
+    """Keeps ``bitloft.quantize`` the function: importing the module of the same name would bind the module there."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
