@@ -9,7 +9,7 @@ is left is less than one component. The budget is never exceeded.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ class _Job:
             best = self._packed(coded, widths)
         size = self._size(best)
         if size > limit:
-            raise OptionError(self._below_floor(bits, size, limit))
+            raise OptionError(self._below_floor(bits, best))
         room, seen = limit - size + _payload(best), -1
         for _ in range(ROUNDS):
             widths, spent = waterfill.allocate(coded, room)
@@ -212,11 +212,16 @@ class _Job:
     def _size(self, modules: Sequence[PackedModule]) -> int:
         return sum(len(data) for data in self.files(modules).values())
 
-    def _below_floor(self, bits: float, size: int, limit: int) -> str:
-        least = -(-8 * size * 10000 // self.source.values) / 10000  # rounded up, so that asking for it works
+    def _below_floor(self, bits: float, least: Sequence[PackedModule]) -> str:
+        """The manifest records what was asked for, so the size of the floor includes the floor's own digits."""
+        size, floor = self._size(least), bits
+        for _ in range(3):
+            floor = -(-8 * size * 10000 // self.source.values) / 10000  # rounded up, so that asking for it works
+            self.options = replace(self.options, bits=floor)
+            size = self._size(least)
         return (
-            f"{bits:g} true bits allow {limit} bytes for {self.source.path}, but names, sums, config and one component "
-            f"take {size}; the least possible is {least:.4f}."
+            f"{bits:g} true bits allow {int(bits * self.source.values / 8)} bytes for {self.source.path}, but names, "
+            f"sums, config and one component take {size}; the least possible is {floor:.4f}."
         )
 
 
