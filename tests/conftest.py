@@ -5,12 +5,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.helpers import tiny_llama
+
+if TYPE_CHECKING:
+    from tests.serving import World
 
 torch.set_num_threads(1)  # results that do not depend on the machine's core count
 
@@ -24,3 +29,12 @@ def seed() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama and its tokenizer; read it, do not write to it."""
     return tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[World]":
+    """A base and four adapters, served from a thread until the last test has run."""
+    from tests.serving import serving  # only the tests of serving pay for it
+
+    with serving(tmp_path_factory.mktemp("served")) as found:
+        yield found

@@ -20,7 +20,10 @@ from bitloft.kernels.ops import decode, encode
 from bitloft.modules.linear import QuantLinear, replace_module
 from bitloft.modules.multi import BASE, AdapterBank, install
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Float noise of another batch shape, no more."""
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def packed_adapter(
@@ -89,8 +92,8 @@ def test_a_row_equals_the_model_with_its_delta_in_the_weight(model: Any, bank: A
     for block in adapter.modules["model.layers.0.self_attn.q_proj"].blocks:
         linear.weight += decode(block.bt).T @ decode(block.a)
     merged = model(tokens).logits
-    torch.testing.assert_close(mixed[0], base[0], **CLOSE)
-    torch.testing.assert_close(mixed[1], merged[1], **CLOSE)
+    assert_close(mixed[0], base[0])
+    assert_close(mixed[1], merged[1])
     assert (merged[1] - base[1]).abs().max() > 0.01  # else equality says nothing
 
 
@@ -111,7 +114,7 @@ def test_a_mixed_batch_equals_each_row_alone(model: Any, bank: AdapterBank, name
     mixed = model(tokens, adapter_names=names).logits
     for i, name in enumerate(names):
         alone = model(tokens[i : i + 1], adapter_names=[name]).logits[0]
-        torch.testing.assert_close(mixed[i], alone, **CLOSE)
+        assert_close(mixed[i], alone)
     distinct = {name or BASE for name in names}
     same = ids(1).expand(len(distinct), -1)
     answers = model(same, adapter_names=sorted(distinct)).logits
@@ -139,7 +142,7 @@ def test_any_mixture_on_one_layer(names: list[str | None], axes: int) -> None:
         expected = layer(x[i])
         for block in adapters[name].modules["0"].blocks if name in adapters else ():
             expected = expected + (x[i] @ decode(block.a).T) @ decode(block.bt)
-        torch.testing.assert_close(y[i], expected, **CLOSE)
+        assert_close(y[i], expected)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -164,7 +167,7 @@ def test_equal_to_peft(tiny_model: Path) -> None:
     tokens = ids(4)
     with torch.no_grad():
         expected = theirs(tokens, adapter_names=names).logits
-        torch.testing.assert_close(ours(tokens, adapter_names=names).logits, expected, **CLOSE)
+        assert_close(ours(tokens, adapter_names=names).logits, expected)
 
 
 def test_a_plain_adapter_keeps_its_floats(model: Any) -> None:
@@ -348,7 +351,7 @@ def test_a_module_without_components_has_no_hook(model: Any) -> None:
     good = packed_adapter(model, ["model.layers.0.self_attn.q_proj"])
     name = "model.layers.0.self_attn.k_proj"
     bank = AdapterBank(model)
-    bank.attach("x", _with(good, good.modules | {name: PackedModule(name, 64, 32, ())}))
+    bank.attach("x", _with(good, {**good.modules, name: PackedModule(name, 64, 32, ())}))
     assert [n for n, m in model.named_modules() if m._forward_hooks] == ["model.layers.0.self_attn.q_proj"]
 
 

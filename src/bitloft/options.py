@@ -184,9 +184,8 @@ KEY_VARIABLE = "BITLOFT_API_KEY"
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How a base and a directory of adapters are served."""
+    """How a base and its adapters are served."""
 
-    adapter_dir: str | None = option(None, "directory that holds one adapter per subdirectory, served by its name")
     name: str | None = option(None, "model name of the base (default: the name of its directory)")
     host: str = option("127.0.0.1", "address to listen on; others than this machine need a key")
     port: int = option(8000, "port to listen on; 0 takes a free one")

@@ -1,0 +1,106 @@
+"""A small base with adapters that never answer alike, served from a thread of the test process."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bitloft.adapters import WEIGHTS_FILE
+from bitloft.compress import compress
+from bitloft.options import ServeOptions
+from bitloft.quantize import quantize
+from bitloft.serve.api import Service
+from bitloft.serve.engine import Engine
+from bitloft.serve.http import Server, background, open_service
+from tests.helpers import make_adapter, tiny_llama
+
+PACKED, PLAIN = ("alpha", "beta", "gamma"), "delta"
+NAMES = ("base", *PACKED, PLAIN)  # what the server lists
+
+
+def make_base(directory: Path) -> Path:
+    """A packed base named ``base`` below ``directory``."""
+    quantize(tiny_llama(directory / "model"), directory / "base", format="lm4:64", rank=4)
+    return directory / "base"
+
+
+def make_adapters(directory: Path) -> Path:
+    """Three packed adapters, a plain one, and five directories that cannot be served."""
+    out = directory / "adapters"
+    for seed, name in enumerate(PACKED):
+        compress(make_adapter(directory / "plain" / name, seed=seed, scale=1.0), out / name, bits=4.0)
+    make_adapter(out / PLAIN, seed=9, scale=1.0)
+    (out / "empty").mkdir()
+    (out / "not a name").mkdir()
+    foreign = make_adapter(out / "foreign")
+    record = {"schema": 1, "base": "f" * 64, "source": None, "start": "frozen"}
+    (foreign / "bitloft_adapter.json").write_text(json.dumps(record), encoding="utf-8")
+    poison = make_adapter(out / "poison")
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    bad = {f"{name}.lora_A.weight": torch.full((4, 64), torch.nan), f"{name}.lora_B.weight": torch.ones(64, 4)}
+    save_file(bad, poison / WEIGHTS_FILE)
+    (out / "outside").symlink_to(directory / "plain" / "alpha", target_is_directory=True)
+    (out / "note.txt").write_text("a file is nobody's adapter", encoding="utf-8")
+    return out
+
+
+@dataclass
+class World:
+    """The served directories, the service that serves them and the server's address."""
+
+    base: Path
+    adapters: Path
+    service: Service
+    url: str
+    said: list[str]
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine
+
+    def alone(self, prompt: Sequence[int], adapter: str, tokens: int) -> str:
+        """The greedy answer as transformers' own ``generate`` gives it to this one prompt: the oracle."""
+        store, model = self.service.store, self.engine.runner.model
+        ids = torch.tensor([list(prompt)])
+        with store.bank.rows([store.acquire(adapter).key]):
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        return self.decode(out[0, len(prompt) :])
+
+    def decode(self, ids: Any) -> str:
+        return str(self.service.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.service.tokenizer(text)["input_ids"])
+
+    @contextmanager
+    def engine_with(self, **settings: Any) -> Iterator[Engine]:
+        """Another engine over the same model and adapters, not started."""
+        options = ServeOptions(**settings)
+        engine = Engine(self.engine.runner.model, self.service.tokenizer, self.service.store, options)
+        try:
+            yield engine
+        finally:
+            engine.stop()
+
+    @contextmanager
+    def server_with(self, **settings: Any) -> Iterator[Server]:
+        """Another server over the same model and adapters."""
+        with self.engine_with(port=0, **settings) as engine:
+            service = Service(engine, self.service.store, self.service.tokenizer, engine.options)
+            with background(service, lambda line: None) as server:
+                yield server
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[World]:
+    """Make everything below ``directory`` and serve it until the end of the block."""
+    base, adapters = make_base(directory), make_adapters(directory)
+    said: list[str] = []
+    service = open_service(base, adapters, ServeOptions(port=0, max_queue=1000), said.append)
+    with background(service, said.append) as server:
+        yield World(base, adapters, service, server.url, said)
