@@ -62,10 +62,10 @@ def test_size_has_three_digits(count: int, text: str) -> None:
         (3.60012, 0.01234, "3.600 ± 0.012"),
         (250.3, 17.2, "250 ± 17"),
         (250.3, 1.72, "250.3 ± 1.7"),
-        (5.0, 0.0, "5.00 ± 0.00"),
+        (5.0, None, "5.00"),
     ],
 )
-def test_pm_gives_two_digits_of_the_error(value: float, error: float, text: str) -> None:
+def test_pm_gives_two_digits_of_the_error(value: float, error: float | None, text: str) -> None:
     assert pm(value, error) == text
 
 

@@ -5,7 +5,7 @@
 * docstrings: functions of the standard library with their docstring's first paragraph, as chat rows (the function in,
   the paragraph out); whole top-level packages are held out, and what a held-out row repeats is cut from training.
 
-What is held out follows from a hash of its name, so it is the same on every machine; the texts follow the Python version.
+What is held out follows from a hash of its name, so it is the same everywhere; the texts follow the Python version.
 """
 
 import ast
@@ -22,7 +22,17 @@ from typing import Any, TypeVar
 from bitloft.report import write
 
 HELD_OUT = 5  # one name in so many is held out
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "pydoc_data", "ensurepip"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "ensurepip",
+}
 PROMPT = "Write the docstring of this Python function.\n\n```python\n{source}\n```"
 SOURCE_CHARACTERS = (60, 500)  # of a function, its docstring left out
 DOCSTRING_CHARACTERS = (25, 250)
@@ -52,14 +62,23 @@ def reference() -> Split:
         cut += len(paragraphs(topics[name])) - len(kept)
         if kept:
             train[name] = "\n\n".join(kept)
-    return Split([{"text": text} for _, text in by_digest(train)], [{"text": beginning(text)} for _, text in by_digest(held)], cut)
+    return Split(
+        [{"text": text} for _, text in by_digest(train)],
+        [{"text": beginning(text)} for _, text in by_digest(held)],
+        cut,
+    )
 
 
 def docstrings() -> Split:
     """Rows {"messages": [user: function, assistant: its docstring's first paragraph]}."""
     found: dict[bool, dict[str, Row]] = {True: {}, False: {}}
     for package, source, text in functions():
-        row = {"messages": [{"role": "user", "content": PROMPT.format(source=source)}, {"role": "assistant", "content": text}]}
+        row = {
+            "messages": [
+                {"role": "user", "content": PROMPT.format(source=source)},
+                {"role": "assistant", "content": text},
+            ]
+        }
         found[is_held_out(package)].setdefault(fold(text), row)
     train = {text: row for text, row in found[False].items() if text not in found[True]}
     rows, held = ([row for _, row in by_digest(side)] for side in (train, found[True]))

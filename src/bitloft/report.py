@@ -161,12 +161,12 @@ def size(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
 
 
-def pm(value: float, error: float) -> str:
-    """A value with its standard error, both to the error's first two digits: 36.62 ± 0.41."""
-    digits = 2
-    if error > 0:
-        digits = next((n for n in range(6) if error * 10**n >= 1), 6)
-        digits += digits > 0 or error < 10
+def pm(value: float, error: float | None) -> str:
+    """A value with its standard error, both to the error's first two digits: 36.62 ± 0.41; alone where it has none."""
+    if not error:
+        return f"{value:.2f}"
+    digits = next((n for n in range(6) if error * 10**n >= 1), 6)
+    digits += digits > 0 or error < 10
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 

@@ -1,0 +1,1 @@
+"""What `make` runs: set-up, benchmarks at toy size, the demo."""
