@@ -355,6 +355,22 @@ def test_a_module_without_components_has_no_hook(model: Any) -> None:
     assert [n for n, m in model.named_modules() if m._forward_hooks] == ["model.layers.0.self_attn.q_proj"]
 
 
+def test_views_out_of_use_are_dropped_and_made_again(
+    model: Any, bank: AdapterBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = ids(2)
+    with torch.no_grad():
+        before = model(tokens, adapter_names=["all", "last"]).logits
+        monkeypatch.setattr("bitloft.modules.multi.IN_USE", 1)
+        for names in (["all", "all"], ["attention", "last"], ["all", "last"]):
+            after = model(tokens, adapter_names=names).logits
+    assert torch.equal(after, before)
+    assert [name for name, held in bank._held.items() if held._blocks is not None] == ["last"]
+    bank.detach("all")
+    bank.detach("last")
+    assert not any(model.get_submodule(n)._forward_hooks for n in linears(model) if "mlp" in n)
+
+
 def test_one_bank_for_a_model(model: Any, bank: AdapterBank) -> None:
     with pytest.raises(AdapterError, match="a model takes one bank"):
         install(model, AdapterBank(model))

@@ -21,26 +21,25 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitloft.adapters import Adapter, PackedAdapter
 from bitloft.errors import AdapterError
-from bitloft.kernels.ops import decode
-from bitloft.packed import PackedTensor
+from bitloft.modules.held import Block, Held, delta, device_of
 
 BASE = "__base__"  # PEFT's spelling of "no adapter" in adapter_names
 
-Factor = PackedTensor | Tensor  # [k, width]
-Block = tuple[Factor, Factor]  # a [k, in], bt [k, out]
+IN_USE = 64  # adapters whose views are kept between forwards; the others are only their bytes
+
 Index = slice | Tensor
+Blocks = dict[str, list[Block]]  # by module path
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which rows of a batch belong to which adapter: one list of (adapter, rows) for each batch size that may occur."""
+    """Which rows of a batch take which adapter's blocks: a list for each batch size that may occur."""
 
-    segments: Mapping[int, tuple[tuple[str, Index], ...]]
+    segments: Mapping[int, tuple[tuple[Blocks, Index], ...]]
 
 
 _ACTIVE: ContextVar[Mapping[int, _Plan]] = ContextVar("bitloft_rows", default=MappingProxyType({}))  # by id(bank)
@@ -51,17 +50,18 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._names: dict[str, int] = {}  # adapter -> stored bytes
-        self._hooks: dict[str, _Hook] = {}  # module -> its hook, present while an adapter touches the module
+        self._held: dict[str, Held] = {}
+        self._recent: dict[str, None] = {}  # names whose views exist, the latest used last
+        self._hooks: dict[str, _Hook] = {}  # by module path, present while an adapter touches the module
 
     @property
     def names(self) -> tuple[str, ...]:
         """The attached adapters, in order of attachment."""
-        return tuple(self._names)
+        return tuple(self._held)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the factors that adapter ``name`` keeps in memory."""
-        return self._names[self._known(name)]
+        return self._held[self._known(name)].nbytes
 
     def attach(self, name: str, adapter: PackedAdapter | Adapter) -> None:
         """Make ``adapter`` available to ``rows`` as ``name``; a plain one keeps its float factors as they are.
@@ -69,31 +69,31 @@ class AdapterBank:
         Raises AdapterError, and attaches nothing, for a name in use, a module that the model lacks or that has other
         widths or is no linear layer, and for factors that hold NaN or infinity.
         """
-        if name == BASE or name in self._names:
+        if name == BASE or name in self._held:
             raise AdapterError(f"an adapter cannot be attached as {name!r}: the name is in use; choose another.")
-        blocks = _blocks(adapter)
-        if not blocks:
+        held = Held(adapter)
+        widths = held.widths()
+        if not widths:
             raise AdapterError(f"adapter {name!r} adapts no module; there is nothing to attach.")
-        for module, (widths, pairs) in blocks.items():
-            _check(name, module, self._linear(name, module, widths), pairs)
-        for module, (_, pairs) in blocks.items():
-            if not pairs:  # every component of this module was dropped
-                continue
-            linear = self.model.get_submodule(module)
+        for module, pair in widths.items():
+            self._check(name, module, pair, held)
+        for module in held.blocks():
             if module not in self._hooks:
-                self._hooks[module] = _Hook(self, module, linear)
-            self._hooks[module].blocks[name] = [(_to(a, linear), _to(bt, linear)) for a, bt in pairs]
-        self._names[name] = sum(_nbytes(f) for _, pairs in blocks.values() for pair in pairs for f in pair)
+                self._hooks[module] = _Hook(self, module, self.model.get_submodule(module))
+            self._hooks[module].users += 1
+        held.release()
+        self._held[name] = held
 
     def detach(self, name: str) -> None:
         """Forget adapter ``name``; a module that no adapter touches any more loses its hook."""
-        self._known(name)
-        for module, hook in list(self._hooks.items()):
-            hook.blocks.pop(name, None)
-            if not hook.blocks:
+        held = self._held.pop(self._known(name))
+        self._recent.pop(name, None)
+        for module in held.blocks():
+            hook = self._hooks[module]
+            hook.users -= 1
+            if not hook.users:
                 hook.handle.remove()
                 del self._hooks[module]
-        del self._names[name]
 
     @contextmanager
     def rows(self, names: Sequence[str | None], expand: int = 1) -> Iterator[None]:
@@ -114,24 +114,32 @@ class AdapterBank:
             raise AdapterError(f"adapter_names is {names!r}; give a list with one name for each row of the batch.")
         if self.model.training:
             raise AdapterError("rows of different adapters are for inference; call model.eval() first.")
-        for name in names:
-            if name not in (None, BASE):
-                self._known(name)
+        blocks = {name: self._in_use(name) for name in names if name is not None and name != BASE}
         plans = {}
         for repeat in {1, expand}:
             owners = [name for name in names for _ in range(repeat)]
-            distinct = dict.fromkeys(name for name in owners if name is not None and name != BASE)
-            rows = {name: [i for i, owner in enumerate(owners) if owner == name] for name in distinct}
-            plans[len(owners)] = tuple((name, _index(found)) for name, found in rows.items())
+            rows = {name: [i for i, owner in enumerate(owners) if owner == name] for name in blocks}
+            plans[len(owners)] = tuple((blocks[name], _index(found)) for name, found in rows.items())
         return _Plan(plans)
 
-    def _known(self, name: str | None) -> str:
-        if name is None or name not in self._names:
-            attached = ", ".join(map(repr, self._names)) or "none"
-            raise AdapterError(f"no adapter {name!r} is attached; attached: {attached}.")
+    def _in_use(self, name: str) -> Blocks:
+        """The blocks of an adapter; those longest out of use are reduced to their bytes."""
+        found = self._held[self._known(name)].blocks()
+        self._recent.pop(name, None)
+        self._recent[name] = None
+        for other in list(self._recent)[:-IN_USE]:  # a plan that still runs keeps its own reference
+            self._recent.pop(other)
+            self._held[other].release()
+        return found
+
+    def _known(self, name: str) -> str:
+        if name not in self._held:
+            shown = [*map(repr, list(self._held)[:8]), *["..."][: len(self._held) > 8]]
+            raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(shown) or 'none'}.")
         return name
 
-    def _linear(self, name: str, module: str, widths: tuple[int, int]) -> nn.Linear:
+    def _check(self, name: str, module: str, widths: tuple[int, int], held: Held) -> None:
+        """Raise AdapterError unless the module is there, linear, as wide, and its blocks fit and are finite."""
         try:
             linear = self.model.get_submodule(module)
         except AttributeError:
@@ -147,15 +155,22 @@ class AdapterBank:
                 f"adapter {name!r} has {widths[0]} -> {widths[1]} features at module {module!r}, the model has "
                 f"{linear.in_features} -> {linear.out_features}; it belongs to another base."
             )
-        return linear
+        for a, bt in held.blocks().get(module, ()):
+            shapes = tuple(a.shape), tuple(bt.shape)
+            if shapes != ((a.shape[0], widths[0]), (a.shape[0], widths[1])):
+                raise AdapterError(
+                    f"adapter {name!r} has factors of shapes {shapes} that do not fit module {module!r}."
+                )
+        if not held.finite(module):
+            raise AdapterError(f"adapter {name!r} holds NaN or infinity at module {module!r}; it is refused.")
 
 
 class _Hook:
-    """The forward hook of one module: it holds the factors of every adapter that touches the module."""
+    """The forward hook of one module that ``users`` adapters touch."""
 
     def __init__(self, bank: AdapterBank, module: str, linear: nn.Module) -> None:
         self.bank, self.module = bank, module
-        self.blocks: dict[str, list[Block]] = {}
+        self.users = 0
         self.handle = linear.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -170,22 +185,14 @@ class _Hook:
                 f"module {self.module!r} got a batch of {x.shape[0]} rows where adapter names were given for "
                 f"{expected}; give one name for each row."
             )
-        for name, index in segments:
-            blocks = self.blocks.get(name)
-            if blocks:  # an adapter need not touch every module
-                if _device(blocks[0][0]) != x.device:  # the model was moved after attach
-                    blocks = self.blocks[name] = [(_to(a, x), _to(bt, x)) for a, bt in blocks]
-                # in place: the linear's output is fresh and its backward does not read it
-                output[index] += _delta(x[index], blocks).to(output.dtype)
-
-
-def _delta(x: Float[Tensor, "rows *length in"], blocks: list[Block]) -> Float[Tensor, "rows *length out"]:
-    """sum over blocks of (x @ a.T) @ bt, in the dtype of x."""
-    parts = [(x @ _values(a, x.dtype).T) @ _values(bt, x.dtype) for a, bt in blocks]
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+        for blocks, index in segments:
+            found = blocks.get(self.module)
+            if found is None:  # an adapter need not touch every module
+                continue
+            if device_of(found[0][0]) != x.device:
+                found = blocks[self.module] = [(a.to(x.device), bt.to(x.device)) for a, bt in found]
+            # in place: the linear's output is fresh and its backward does not read it
+            output[index] += delta(x[index], found).to(output.dtype)
 
 
 class AdapterNames:
@@ -226,46 +233,6 @@ def _expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     asked = (kwargs.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences"))
     return max(1, *(count or 1 for count in asked))
-
-
-def _blocks(adapter: PackedAdapter | Adapter) -> dict[str, tuple[tuple[int, int], list[Block]]]:
-    """Module -> its (in, out) features and its blocks."""
-    if isinstance(adapter, PackedAdapter):
-        return {
-            name: ((module.in_features, module.out_features), [(block.a, block.bt) for block in module.blocks])
-            for name, module in adapter.modules.items()
-        }
-    return {
-        pair.name: ((pair.a.shape[1], pair.b.shape[0]), [(pair.a, (pair.b * pair.scaling).T.contiguous())])
-        for pair in adapter.pairs
-    }
-
-
-def _check(name: str, module: str, linear: nn.Linear, blocks: list[Block]) -> None:
-    """Raise AdapterError unless every block fits the layer and is finite."""
-    for a, bt in blocks:
-        shapes = tuple(a.shape), tuple(bt.shape)
-        if shapes != ((a.shape[0], linear.in_features), (a.shape[0], linear.out_features)):
-            raise AdapterError(f"adapter {name!r} has factors of shapes {shapes} that do not fit module {module!r}.")
-        if not all(bool(torch.isfinite(_values(f, torch.float32)).all()) for f in (a, bt)):
-            raise AdapterError(f"adapter {name!r} holds NaN or infinity at module {module!r}; it is refused.")
-
-
-def _values(factor: Factor, dtype: torch.dtype) -> Float[Tensor, "k width"]:
-    return decode(factor, dtype) if isinstance(factor, PackedTensor) else factor.to(dtype)
-
-
-def _device(factor: Factor) -> torch.device:
-    return factor.codes.device if isinstance(factor, PackedTensor) else factor.device
-
-
-def _to(factor: Factor, like: nn.Module | Tensor) -> Factor:
-    device = like.device if isinstance(like, Tensor) else next(like.parameters()).device
-    return factor if _device(factor) == device else factor.to(device)
-
-
-def _nbytes(factor: Factor) -> int:
-    return factor.nbytes
 
 
 def _index(rows: list[int]) -> Index:
