@@ -103,7 +103,7 @@ def unpack_bits(packed: Int8[Tensor, "rows bytes"], bits: int, width: int) -> UI
         return unpack_bits(low, 2, width) | (unpack_bits(high, 1, width) << 2)
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
-    lanes = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    lanes: Tensor = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return lanes.reshape(packed.shape[0], width)
 
 
