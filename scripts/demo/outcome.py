@@ -18,13 +18,12 @@ from scripts.demo.settings import FORMATS, TRAINED_ON
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 NONE = "—"
-TITLES = {"reference": "language reference", "docstrings": "docstrings"}
 
 
 def table(found: Result, seconds: Mapping[str, float]) -> Table:
     """One row a thing that is stored: its bytes, bits and what it does to both skills' held-out text."""
     skills = tuple(found["data"])
-    columns = ("", "stored", "true bits", "codes alone", *(f"perplexity: {TITLES[s]}" for s in skills), "made in")
+    columns = ("", "stored", "true bits", "codes alone", *(f"perplexity, {s}" for s in skills), "made in")
     rows = [dense_row(found, skills, seconds)]
     rows += [base_row(found, name, skills, seconds) for name in FORMATS]
     rows.append(trained_row(found, skills, seconds))
@@ -88,7 +87,7 @@ def perplexity(result: Result) -> str:
 
 
 def loss(result: Result) -> str:
-    return f"loss {pm(result['loss'], result['stderr'])}"
+    return f"{pm(result['loss'], result['stderr'])} (loss)"
 
 
 def span(values: list[float]) -> str:
