@@ -87,6 +87,11 @@ def test_a_gguf_file_becomes_a_base(tmp_path: Path) -> None:
     """transformers refuses to save a model that it read from GGUF: the weights go through a fresh one."""
     folder = tiny_llama(tmp_path / "m")
     _write_gguf(folder, tmp_path / "tiny.gguf")
+    ids = torch.arange(2, 12).unsqueeze(0)
+    read = open_source(str(tmp_path / "tiny.gguf")).load().float()
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():  # float16 weights; the rotary tables must be there too
+        torch.testing.assert_close(read(ids).logits, reference(ids).logits, rtol=0.02, atol=0.02)
     report = quantize(tmp_path / "tiny.gguf", tmp_path / "base", rank=4)
     assert len(report.matrices) == 14
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
