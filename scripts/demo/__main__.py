@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parse(arguments)
     directory: Path = asked.dir
     began = time.perf_counter()
+    # peft imports bitsandbytes where it is installed, which warns that a kernel of its own is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     ledger = Ledger(directory, say=lambda text: print(text, flush=True))
     print(f"bitloft's demo: results go to {directory}/, steps that are there already are kept.")
     try:
