@@ -255,6 +255,23 @@ def test_an_engine_error_in_a_stream_is_a_frame(world: World, monkeypatch: pytes
     assert (status, error_of(data)["code"]) == (500, "engine_error")
 
 
+def test_a_failure_outside_the_engine_has_the_same_shape(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tokenizer: Any, prompt: Any) -> list[int]:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("bitloft.serve.api._encode", fail)
+    status, _, data = raw(world.url, "POST", "/v1/completions", {"model": "alpha", "prompt": "one"})
+    assert (status, error_of(data)["code"]) == (500, "engine_error")
+    assert b"secret" not in data
+
+
+def test_a_template_that_refuses_is_the_clients_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.service.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    status, _, data = raw(world.url, "POST", "/v1/chat/completions", {"model": "alpha", "messages": CHAT})
+    assert (status, error_of(data)["code"]) == (400, "invalid_value")
+    assert "roles must alternate" in error_of(data)["message"]
+
+
 def test_health(world: World) -> None:
     assert raw(world.url, "GET", "/health/live")[0] == 200
     status, _, body = raw(world.url, "GET", "/health/ready")
