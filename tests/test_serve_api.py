@@ -5,6 +5,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -230,11 +231,10 @@ def test_a_client_that_leaves_frees_its_row(world: World, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Runner, "step", counted)
     parts = urlsplit(world.url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
     body = {"model": "alpha", "prompt": "one", "max_tokens": 240, "stream": stream}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    until(lambda: len(steps) > 3)
-    connection.close()
+    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        until(lambda: len(steps) > 3)
     until(lambda: world.engine.idle)
     assert len(steps) < 200
 
