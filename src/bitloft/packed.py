@@ -27,6 +27,9 @@ PARTS = ("codes", "scales", "exponent", "zeros", "shifts", "levels", "scale_low"
 SCALE_TOP = 14  # the largest scale lies in [2**14, 2**15): fp16 ends at 65504, its subnormals begin 28 octaves below
 
 
+Rows = slice | Int[Tensor, " some"]  # a range of rows, or their numbers
+
+
 @dataclass(frozen=True)
 class PackedTensor:
     """A tensor of ``shape`` stored in ``format``; see ``formats.layout`` for the parts.
@@ -109,7 +112,7 @@ def unpack_bits(packed: Int8[Tensor, "rows bytes"], bits: int, width: int) -> UI
         return unpack_bits(low, 2, width) | (unpack_bits(high, 1, width) << 2)
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
-    lanes = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    lanes: Tensor = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return lanes.reshape(packed.shape[0], width)
 
 
@@ -176,19 +179,18 @@ def double_quantize(scales: Float[Tensor, "rows groups"], exponent: Int[Tensor, 
     return DoubleQuantized(stored.view(scales.shape), low, step)
 
 
-def scales_of(packed: PackedTensor, rows: slice, dtype: torch.dtype) -> Float[Tensor, "scaled groups"]:
+def scales_of(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "scaled groups"]:
     """The scales of some rows as numbers, double quantization undone; one row for a TENSOR format."""
     if packed.scale_low is None or packed.scale_step is None:
         return unpack_halves(rows_of(packed.scales, rows), packed.exponent, dtype)
-    start, stop, _ = rows.indices(packed.scales.shape[0])
-    groups = packed.scales.shape[1]
-    block = torch.arange(start * groups, stop * groups, device=packed.scales.device) // DQ_BLOCK
+    count, groups = packed.scales.shape
+    index = torch.arange(count, device=packed.scales.device)[rows]
+    block = (index[:, None] * groups + torch.arange(groups, device=index.device)) // DQ_BLOCK
     low = unpack_halves(packed.scale_low, packed.exponent)[block]
     step = unpack_halves(packed.scale_step, packed.exponent)[block]
-    codes = packed.scales[rows].reshape(-1).view(torch.uint8)
-    return (low + step * codes).view(stop - start, groups).to(dtype)
+    return (low + step * packed.scales[rows].view(torch.uint8)).to(dtype)
 
 
-def rows_of(part: Int[Tensor, "scaled groups"], rows: slice) -> Int[Tensor, "some groups"]:
+def rows_of(part: Int[Tensor, "scaled groups"], rows: Rows) -> Int[Tensor, "some groups"]:
     """Some rows of scales or shifts; a TENSOR format has one row that holds for all."""
     return part if part.shape[0] == 1 else part[rows]
