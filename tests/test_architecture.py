@@ -18,7 +18,9 @@ MODULES = sorted(SRC.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("formats",),
+    ("patterns",),
     ("options",),
+    ("rules",),
     ("packed",),
     ("kernels",),
     ("solvers", "checkpoint"),
@@ -37,7 +39,7 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What knows transformers and peft: their integrations, and what builds on those.
 KNOWS_TRANSFORMERS = ("integrations", "tasks", "quantize", "train", "evaluate", "generate", "serve")
-TORCH_FREE = ("errors", "formats", "options", "cli")
+TORCH_FREE = ("errors", "formats", "patterns", "options", "rules", "cli")
 MODULE_LINES, FUNCTION_LINES = 350, 60
 
 

@@ -58,6 +58,8 @@ def _flags(kind: type) -> list[inspect.Parameter]:
             hint, default = list[str], list(default)
         elif type(None) in get_args(hint):
             hint = Optional[next(a for a in get_args(hint) if a is not type(None))]  # noqa: UP045 (typer's spelling)
+        elif str in get_args(hint):  # a number or a word: the options read the number
+            hint, default = str, str(default)
         about = typer.Option("--" + f.name.replace("_", "-"), help=f.metadata["help"])
         annotation: Any = Annotated[hint, about]
         flags.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))

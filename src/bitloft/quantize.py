@@ -20,6 +20,7 @@ from bitloft.integrations.source import Source, open_source
 from bitloft.integrations.transformers import choose, mark_quantized, quantize_module, register
 from bitloft.modules.linear import QuantLinear, quant_linears
 from bitloft.options import QuantizeOptions
+from bitloft.rules import ModulePlan, resolve
 
 REPORT = "bitloft_report.json"
 
@@ -97,8 +98,9 @@ def quantize(
         dense = source.load()
         source_bytes = sum(t.numel() * t.element_size() for t in _stored_tensors(dense))
         selection = choose(dense, options)
-        matrices = _solve_all(dense, selection.chosen, options, progress)
-        mark_quantized(dense, options, dict.fromkeys(selection.chosen, options.format))
+        plans = resolve(selection.chosen, options)
+        matrices = _solve_all(dense, plans, options, progress)
+        mark_quantized(dense, options, plans)
         _save(dense, source, directory)
         embedding, other = _unpacked_bytes(dense)
         report = QuantizeReport(
@@ -122,17 +124,17 @@ def quantize(
 
 
 def _solve_all(
-    model: PreTrainedModel, names: tuple[str, ...], options: QuantizeOptions, progress: Progress | None
+    model: PreTrainedModel, plans: dict[str, ModulePlan], options: QuantizeOptions, progress: Progress | None
 ) -> list[MatrixReport]:
     reports = []
-    for done, name in enumerate(names, start=1):
+    for done, (name, plan) in enumerate(plans.items(), start=1):
         began = time.perf_counter()
-        solution = quantize_module(model, name, options)
+        solution = quantize_module(model, name, plan, options)
         start = solution.start
         reports.append(
             MatrixReport(
                 name=name,
-                format=options.format,
+                format=plan.format,
                 shape=(solution.weight.shape[0], solution.weight.shape[1]),
                 error_before=solution.error_before,
                 error_after=solution.error_after,
@@ -142,7 +144,7 @@ def _solve_all(
             )
         )
         if progress is not None:
-            progress(done, len(names), name)
+            progress(done, len(plans), name)
     return reports
 
 

@@ -27,6 +27,7 @@ from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
 from bitloft.modules.select import Selection, select_linears
 from bitloft.options import QuantizeOptions
+from bitloft.rules import ModulePlan, StoredModule, resolve
 from bitloft.solvers import Solution, solve
 
 __all__ = ["BitloftConfig", "BitloftQuantizer", "base_record", "load", "load_tokenizer", "register"]
@@ -36,7 +37,8 @@ SCHEMA = 1
 
 
 class BitloftConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a bitloft base: how it was quantized, and ``modules``: path -> format of each layer.
+    """``quantization_config`` of a bitloft base: how it was quantized, and ``modules``: path -> what is stored of it
+    (``rules.StoredModule``: the format as a text, or a dict where more differs from the options).
 
     Without ``modules`` (quantize on load) the options choose them. Unknown options raise TypeError; another schema
     raises CheckpointError.
@@ -46,7 +48,7 @@ class BitloftConfig(QuantizationConfigMixin):
         self,
         options: QuantizeOptions | Mapping[str, Any] | None = None,
         *,
-        modules: Mapping[str, str] | None = None,
+        modules: Mapping[str, Any] | None = None,
         schema: int = SCHEMA,
         bitloft_version: str = __version__,
         quant_method: str = METHOD,
@@ -55,14 +57,21 @@ class BitloftConfig(QuantizationConfigMixin):
         if schema != SCHEMA:
             raise CheckpointError(f"this base has schema {schema}; bitloft {__version__} reads schema {SCHEMA}.")
         known = {f.name for f in fields(QuantizeOptions)}
-        given = dict(asdict(options) if isinstance(options, QuantizeOptions) else options or {}) | kwargs
+        own = asdict(options) if isinstance(options, QuantizeOptions) else options
+        given = dict(own or {}) | kwargs
         unknown = set(given) - known
         if unknown:
             raise CheckpointError(f"quantization_config holds the unknown option {sorted(unknown)[0]!r}.")
         self.quant_method = METHOD
         self.bitloft_version = bitloft_version
-        self.options = QuantizeOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        self.options = QuantizeOptions(**settings)
         self.modules = None if modules is None else dict(modules)
+        self.stored()
+
+    def stored(self) -> dict[str, StoredModule]:
+        """What each packed module holds. Raises CheckpointError for an entry that cannot be read."""
+        return {name: StoredModule.read(entry, self.options, name) for name, entry in (self.modules or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,15 +95,17 @@ class BitloftQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitloftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: dict[str, tuple[float, float]] = {}
+        self.plans: dict[str, ModulePlan] = {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         if config.modules is None:
-            config.modules = dict.fromkeys(choose(model, config.options).chosen, config.options.format)
-        for name, spelling in config.modules.items():
+            self.plans = resolve(choose(model, config.options).chosen, config.options)
+            config.modules = entries(self.plans, config.options)
+        for name, stored in config.stored().items():
             local = _local_name(model, name)
             if local is not None:
-                _make_skeleton(model, local, spelling, config.options)
+                _make_skeleton(model, local, stored)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
@@ -142,7 +153,7 @@ class _Quantize(ConversionOps):
             layer = model.get_submodule(name)
             if not isinstance(layer, QuantLinear):
                 raise CheckpointError(f"{name} was chosen for quantization but is a {type(layer).__name__}.")
-            solution = solve(name, weight, self.quantizer.quantization_config.options)
+            solution = solve(name, weight, self.quantizer.plans[name], self.quantizer.quantization_config.options)
             self.quantizer.errors[name] = (solution.error_before, solution.error_after)
             parts = {f"{name}.{part}": tensor for part, tensor in layer.tensors_of(solution).items()}
             for part in parts if missing_keys is not None else ():
@@ -158,46 +169,51 @@ def choose(model: PreTrainedModel, options: QuantizeOptions) -> Selection:
     return select_linears(model, options.target, options.skip, heads)
 
 
-def quantize_module(model: PreTrainedModel, name: str, options: QuantizeOptions) -> Solution:
+def quantize_module(model: PreTrainedModel, name: str, plan: ModulePlan, options: QuantizeOptions) -> Solution:
     """Replace one dense linear of a loaded model by its packed form; returns the solution for the report."""
     dense = model.get_submodule(name)
     if not isinstance(dense, nn.Linear):
         raise CheckpointError(f"{name} was chosen for quantization but is a {type(dense).__name__}.")
-    solution = solve(name, dense.weight.data, options)
-    layer = _quant_linear(dense, options.format, options)
+    solution = solve(name, dense.weight.data, plan, options)
+    layer = _quant_linear(dense, StoredModule.of(plan, options))
     layer.load_solution(solution)
     replace_module(model, name, layer)
     return solution
 
 
-def mark_quantized(model: PreTrainedModel, options: QuantizeOptions, modules: Mapping[str, str]) -> None:
+def mark_quantized(model: PreTrainedModel, options: QuantizeOptions, plans: Mapping[str, ModulePlan]) -> None:
     """Give a model that was quantized in place the config and quantizer that a loaded one has."""
-    config = BitloftConfig(options, modules=modules)
+    config = BitloftConfig(options, modules=entries(plans, options))
     model.config.quantization_config = config
     model.hf_quantizer = BitloftQuantizer(config, pre_quantized=True)
     model.quantization_method = METHOD
     model.is_quantized = True
 
 
-def _quant_linear(dense: nn.Linear, spelling: str, options: QuantizeOptions) -> QuantLinear:
+def entries(plans: Mapping[str, ModulePlan], options: QuantizeOptions) -> dict[str, Any]:
+    """``quantization_config.modules`` of linears that are quantized by these plans."""
+    return {name: StoredModule.of(plan, options).entry(options) for name, plan in plans.items()}
+
+
+def _quant_linear(dense: nn.Linear, stored: StoredModule) -> QuantLinear:
     return QuantLinear(
         dense.in_features,
         dense.out_features,
-        Format.parse(spelling),
+        Format.parse(stored.format),
         bias=None if dense.bias is None else dense.bias.data,
-        rank=options.start_rank,
-        scaling=options.scaling,
-        start_format=Format.parse(options.start_format),
+        rank=stored.rank,
+        scaling=stored.scaling,
+        start_format=Format.parse(stored.start_format),
         device=dense.weight.device,
     )
 
 
-def _make_skeleton(model: PreTrainedModel, name: str, spelling: str, options: QuantizeOptions) -> None:
+def _make_skeleton(model: PreTrainedModel, name: str, stored: StoredModule) -> None:
     dense = model.get_submodule(name)
     if not isinstance(dense, nn.Linear):
         raise CheckpointError(f"the config packs {name}, but in this model class that is a {type(dense).__name__}.")
     with torch.device("meta"):
-        replace_module(model, name, _quant_linear(dense, spelling, options))
+        replace_module(model, name, _quant_linear(dense, stored))
 
 
 def _local_name(model: PreTrainedModel, name: str) -> str | None:
