@@ -2,6 +2,7 @@
 
 ``encode``         x -> PackedTensor (groups along the last axis)
 ``decode``         PackedTensor -> values
+``decode_rows``    the same, for some rows of a matrix
 ``packed_linear``  y[n, out] = sum_in x[n, in] * decode(W)[out, in]
 ``packed_linear_grad_input``  dx[n, in] = sum_out dy[n, out] * decode(W)[out, in]
 
@@ -14,16 +15,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from bitloft.errors import KernelError
 from bitloft.formats import UNIT, Format
 from bitloft.kernels.encoding import TILE, encode, unpack_zeros
-from bitloft.packed import PackedTensor, rows_of, scales_of, unpack_bits, unpack_halves
+from bitloft.packed import PackedTensor, Rows, rows_of, scales_of, unpack_bits, unpack_halves
 
-__all__ = ["TILE", "decode", "encode", "explain", "packed_linear", "packed_linear_grad_input", "tiles"]
+__all__ = ["TILE", "decode", "decode_rows", "encode", "explain", "packed_linear", "packed_linear_grad_input", "tiles"]
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
@@ -33,7 +34,19 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Te
     return values[:, :columns].reshape(packed.shape)
 
 
-def _decode_rows(packed: PackedTensor, rows: slice, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
+def decode_rows(
+    packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "some columns"]:
+    """The values of some rows of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[rows]``.
+
+    Raises KernelError for a tensor that is no matrix.
+    """
+    if len(packed.shape) != 2:
+        raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
+    return _decode_rows(packed, rows, dtype)[:, : packed.shape[1]]
+
+
+def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
     """Values of some rows, padding columns included."""
     fmt, columns = packed.format, packed.shape[-1]
     width = fmt.width(columns)
