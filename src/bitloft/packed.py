@@ -27,7 +27,7 @@ PARTS = ("codes", "scales", "exponent", "zeros", "shifts", "levels", "scale_low"
 SCALE_TOP = 14  # the largest scale lies in [2**14, 2**15): fp16 ends at 65504, its subnormals begin 28 octaves below
 
 
-Rows = slice | Int[Tensor, " some"]  # a range of rows, or their numbers
+Rows = slice | Int[Tensor, " _"]  # a range of rows, or their numbers
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from bitloft.checkpoint import read_header
 from bitloft.errors import CheckpointError
 from bitloft.formats import Format
-from bitloft.modules.conv1d import QuantConv1D
 from bitloft.modules.embedding import QuantEmbedding, TiedEmbedding, TiedHead, scale_of
 from bitloft.modules.experts import QuantExperts, matrices
-from bitloft.modules.linear import QuantLinear, replace_module
+from bitloft.modules.linear import QuantConv1D, QuantLinear, replace_module
 from bitloft.modules.select import tied_modules
 from bitloft.rules import StoredModule
 

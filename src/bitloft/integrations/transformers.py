@@ -4,7 +4,7 @@ The config lists every packed module with its format, so loading never guesses: 
 the meta device, then tensors load by name. Quantizing on load goes through the same ``solve`` as the quantize verb.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
 from typing import Any
@@ -29,15 +29,13 @@ from bitloft.integrations.packing import (
     forget_conversions,
     local_name,
     matrices_of,
-    owner_of,
     pack,
     packed_at,
-    packed_names,
     unpack,
     weights_in,
 )
-from bitloft.modules.parts import load_tensors, stored_tensors
-from bitloft.modules.select import Selection, select_modules
+from bitloft.modules.parts import stored_tensors
+from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan, StoredModule, resolve
 from bitloft.solvers import Solution, solve
@@ -117,7 +115,7 @@ class BitloftQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         if config.modules is None:
-            selection = choose(model, config.options, weights_in(model, checkpoint_files))
+            selection = select_modules(model, config.options, weights_in(model, checkpoint_files))
             self.left = selection.left
             self.plans = resolve(tuple(selection.chosen), config.options)
             config.modules = entries(self.plans, config.options, selection.chosen)
@@ -196,38 +194,6 @@ class _Quantize(ConversionOps):
                 "set tie_word_embeddings to false in its config."
             )
         return name in self.quantizer.errors
-
-
-def choose(model: PreTrainedModel, options: QuantizeOptions, available: Container[str] | None = None) -> Selection:
-    """What ``options`` quantize of a model (``modules.select``), of which the checkpoint holds ``available``."""
-    return select_modules(model, options, available)
-
-
-def quantize_module(
-    model: PreTrainedModel, name: str, kind: str, plan: ModulePlan, options: QuantizeOptions
-) -> list[Solution]:
-    """Replace one dense module (for experts: parameter) of a loaded model by its packed form.
-
-    Returns the solutions for the report: one, or one per expert.
-    """
-    owner, leaf = owner_of(name, kind)
-    weight = model.get_submodule(owner).get_parameter(leaf).data
-    solutions = [solve(n, values, plan, options) for n, values in matrices_of(model, name, kind, weight)]
-    module = pack(model, name, StoredModule.of(plan, options, kind))
-    tensors = stored_tensors(name, kind, solutions)
-    load_tensors(module, {full.removeprefix(f"{owner}."): tensor for full, tensor in tensors.items()})
-    model.tie_weights()
-    return solutions
-
-
-def mark_quantized(model: PreTrainedModel, options: QuantizeOptions, plans: Mapping[str, ModulePlan]) -> None:
-    """Give a model that was quantized in place the config and quantizer that a loaded one has."""
-    config = BitloftConfig(options, modules=entries(plans, options, packed_names(model)))
-    model.config.quantization_config = config
-    model.hf_quantizer = BitloftQuantizer(config, pre_quantized=True)
-    model.quantization_method = METHOD
-    model.is_quantized = True
-    forget_conversions(model)
 
 
 def entries(plans: Mapping[str, ModulePlan], options: QuantizeOptions, kinds: Mapping[str, str]) -> dict[str, Any]:

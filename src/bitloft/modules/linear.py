@@ -99,6 +99,15 @@ class QuantLinear(nn.Linear):
         load_tensors(self, self.tensors_of(solution))
 
 
+class QuantConv1D(QuantLinear):
+    """What a transformers ``Conv1D`` (GPT-2's linear, weight [in, out]) becomes: a QuantLinear [out, in].
+
+    The matrix is transposed once, while it is quantized: groups and start then lie along the input axis as in any other
+    linear, and kernels, banks and PEFT see nothing new (``fan_in_fan_out`` is about a dense weight's orientation;
+    adapters have the same shapes either way). The class only remembers what to turn back into.
+    """
+
+
 def packed_product(
     x: Float[Tensor, "*batch columns"],
     weight: PackedTensor,

@@ -26,11 +26,10 @@ HEADS = ("pooler", "classifier", "classification_head", "score", "qa_outputs")  
 @dataclass(frozen=True)
 class Selection:
     """``chosen``: path -> kind, in model order; for experts the path of the parameter. ``left``: path -> reason, for
-    every other module that holds a weight. ``tied``: path of a module -> path of the chosen table that it shares."""
+    every other module that holds a weight, those included that share a chosen table."""
 
     chosen: dict[str, str]
     left: dict[str, str]
-    tied: dict[str, str]
 
 
 def select_modules(model: nn.Module, options: QuantizeOptions, available: Container[str] | None = None) -> Selection:
@@ -61,7 +60,7 @@ def select_modules(model: nn.Module, options: QuantizeOptions, available: Contai
         {name.rpartition(".")[0] for name, kind in kinds.items() if kind == "experts"} | kinds.keys() | left.keys()
     )
     left |= {name: _other(module) for name, module in facts.weighted() if name not in covered}
-    return Selection(chosen, left, tied)
+    return Selection(chosen, left)
 
 
 def _other(module: nn.Module) -> str:
