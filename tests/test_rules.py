@@ -70,6 +70,14 @@ def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
         resolve(NAMES, options)
 
 
+def test_qalora_needs_shifts_in_every_format() -> None:
+    """Its pooled adapters merge into them."""
+    options = QuantizeOptions(solver="qalora", format="uniform4:32+shift", rules=("q_proj=nf4:64",))
+    with pytest.raises(OptionError, match="a shift per group, which nf4:64 does not store"):
+        resolve(NAMES, options)
+    assert plan_of(options).scaling == 0
+
+
 def test_first_layers_of_a_model_without_layers_is_refused() -> None:
     with pytest.raises(OptionError, match="first_layers '2=nf4:64' names layers, but no module's path has a number"):
         resolve(["encoder", "head"], QuantizeOptions(first_layers="2=nf4:64"))

@@ -12,7 +12,7 @@ from bitloft.errors import OptionError
 from bitloft.formats import Format
 from bitloft.patterns import first_layers_of, number_rule, patterns, split_rule, steps_of
 
-SOLVERS = ("loftq", "qlora")
+SOLVERS = ("loftq", "qlora", "qalora")
 STARTS = ("frozen", "trainable")
 
 
@@ -36,7 +36,11 @@ class QuantizeOptions:
     """
 
     format: str = option("lm4:64", "number format of the weights, such as nf4:64, lm2:64 or uniform3:128")
-    solver: str = option("loftq", "loftq (repair the error with a low-rank start) or qlora (round, start at zero)")
+    solver: str = option(
+        "loftq",
+        "loftq (repair the error with a low-rank start), qlora (round, start at zero; published with format nf4:64+dq) "
+        "or qalora (round to a format with +shift, into which pooled adapters merge)",
+    )
     rank: int = option(16, "rank of the start; 0 stores none")
     alpha: float | None = option(None, "scaling numerator of the start (default: the rank)")
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank")
@@ -98,8 +102,8 @@ class QuantizeOptions:
 
     @property
     def start_rank(self) -> int:
-        """Rank of the start that is stored: qlora's is zero and is left out."""
-        return 0 if self.solver == "qlora" else self.rank
+        """Rank of the start that is stored: only LoftQ's is not zero."""
+        return self.rank if self.solver == "loftq" else 0
 
     @property
     def scaling(self) -> float:

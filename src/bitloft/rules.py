@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.formats import Format
 from bitloft.options import QuantizeOptions
 from bitloft.patterns import first_layers_of, matches, split_rule
 
@@ -21,13 +22,23 @@ KINDS = ("linear", "conv1d", "embedding", "experts")
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """How one matrix is quantized and repaired. ``alpha`` None means the rank: scaling 1, sqrt(rank) with rslora."""
+    """How one matrix is quantized and repaired. ``alpha`` None means the rank: scaling 1, sqrt(rank) with rslora.
+
+    Raises OptionError for qalora in a format that its adapters cannot merge into.
+    """
 
     format: str
     solver: str
     rank: int
     alpha: float | None = None
     rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.solver == "qalora" and not Format.parse(self.format).shift:
+            raise OptionError(
+                f"qalora merges adapters into a shift per group, which {self.format} does not store; use a format "
+                "with +shift, such as uniform4:32+shift."
+            )
 
     @property
     def start_rank(self) -> int:

@@ -10,9 +10,19 @@ from bitloft.rules import ModulePlan
 from bitloft.solvers.base import Solution
 from bitloft.solvers.loftq import loftq
 from bitloft.solvers.lowrank import generator_for
+from bitloft.solvers.qalora import qalora
 from bitloft.solvers.qlora import qlora
 
-__all__ = ["Solution", "solve"]
+__all__ = ["Solution", "check_rank", "solve"]
+
+
+def check_rank(name: str, shape: tuple[int, ...], plan: ModulePlan) -> None:
+    """Raise OptionError where the rank of a matrix's start exceeds min(out, in)."""
+    if plan.start_rank > min(shape):
+        raise OptionError(
+            f"rank {plan.rank} exceeds min(m, n) = {min(shape)} of {name} {shape}; "
+            "use a smaller rank (for this module alone: rank_for) or skip this module."
+        )
 
 
 def solve(name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions) -> Solution:
@@ -25,12 +35,10 @@ def solve(name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions)
         raise CheckpointError(
             f"tensor {name} holds NaN or infinity; the source model is damaged and cannot be quantized."
         )
-    if plan.start_rank > min(weight.shape):
-        raise OptionError(
-            f"rank {plan.rank} exceeds min(m, n) = {min(weight.shape)} of {name} {tuple(weight.shape)}; "
-            "use a smaller rank (for this module alone: rank_for) or skip this module."
-        )
+    check_rank(name, tuple(weight.shape), plan)
     matrix, fmt = weight.detach().float(), Format.parse(plan.format)
+    if plan.solver == "qalora":
+        return qalora(matrix, fmt)
     if not plan.start_rank:
         return qlora(matrix, fmt)
     return loftq(
