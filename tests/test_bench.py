@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from scripts.bench_smoke import problem_of
 
 ROOT = Path(__file__).parents[1]

@@ -189,9 +189,9 @@ def copy_companions(source: Path, target: Path) -> None:
 
     Files that ``target`` has already, pickles, and what bitloft says of ``source`` alone stay behind.
     """
-    own = (MANIFEST, "config.json", "bitloft_report.json", "README.md")
+    own = (MANIFEST, "config.json", "README.md")
     for file in sorted(source.iterdir()):
-        wanted = file.is_file() and not file.name.startswith(".") and file.name not in own
+        wanted = file.is_file() and not file.name.startswith((".", "bitloft_")) and file.name not in own
         weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
         if wanted and not weights and file.suffix not in PICKLES and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

@@ -237,7 +237,6 @@ KEY_VARIABLE = "BITLOFT_API_KEY"
 class ServeOptions:
     """How a base and a directory of adapters are served."""
 
-    adapter_dir: str | None = option(None, "directory that holds one adapter per subdirectory, served by its name")
     name: str | None = option(None, "model name of the base (default: the name of its directory)")
     host: str = option("127.0.0.1", "address to listen on; others than this machine need a key")
     port: int = option(8000, "port to listen on; 0 takes a free one")
@@ -282,7 +281,7 @@ class MergeOptions:
     codes: str = option(
         "new", "new (quantize the sum again) or kept (the start takes the adapter in, at a higher rank)"
     )
-    rank: int | None = option(None, "rank of the merged start; 0 stores none (default: new: the base's, kept: the sum)")
+    rank: int | None = option(None, "rank of the merged start, 0 for none (default: the base's; kept: the sum of both)")
     format: str | None = option(None, "number format of the merged matrices (default: the one they have)")
     length: int = option(512, "tokens of a sequence that the loss is measured on")
     limit: int | None = option(None, "measure the loss on the first so many sequences only")

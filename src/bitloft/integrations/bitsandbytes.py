@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from bitloft.errors import OptionError
 from bitloft.formats import NF4_LEVELS, Format
-from bitloft.modules.linear import QuantLinear
 from bitloft.packed import PackedTensor, scales_of, unpack_bits
 
 BLOCKS = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # what bitsandbytes 0.50 takes
@@ -107,11 +106,10 @@ class Stored(nn.Module):
 
 def require_linears(model: PreTrainedModel) -> None:
     """Raise OptionError where a base packs anything but linears."""
-    for name in model.config.quantization_config.modules or {}:
-        module = model.get_submodule(name)
-        if not isinstance(module, QuantLinear):
+    for name, stored in model.config.quantization_config.stored().items():
+        if stored.kind not in ("linear", "conv1d"):
             raise OptionError(
-                f"{name} is a {type(module).__name__}, and bitsandbytes stores linears alone; convert to dense."
+                f"{name} is packed as {stored.kind}, and bitsandbytes stores linears alone; convert to dense."
             )
 
 

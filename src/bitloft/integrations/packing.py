@@ -205,7 +205,7 @@ def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, QuantExperts):
             replace_module(model, name, module.unpacked(dtype))
         elif isinstance(module, QuantLinear):
-            replace_module(model, name, _dense_linear(module, dtype))
+            replace_module(model, name, dense_linear(module, module.dense().to(dtype)))
         elif isinstance(module, QuantEmbedding):
             tables[id(module)] = weight = nn.Parameter(module.dense().to(dtype), requires_grad=False)
             replace_module(model, name, _dense_table(module, weight))
@@ -219,8 +219,9 @@ def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
             replace_module(model, name, head)
 
 
-def _dense_linear(layer: QuantLinear, dtype: torch.dtype) -> nn.Module:
-    weight, turned = layer.dense().to(dtype), isinstance(layer, QuantConv1D)
+def dense_linear(layer: QuantLinear, weight: Float[Tensor, "rows columns"]) -> nn.Module:
+    """The dense module that a packed linear was made of, holding ``weight`` [out, in]."""
+    turned = isinstance(layer, QuantConv1D)
     with torch.device("meta"):
         dense = (
             Conv1D(layer.out_features, layer.in_features)

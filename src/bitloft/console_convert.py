@@ -1,0 +1,86 @@
+"""What `bitloft merge` and `bitloft convert` print; see console.py."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitloft.console import Base, Out, Overwrite, progress, show, size
+from bitloft.options import ConvertOptions, MergeOptions
+
+Text = Annotated[
+    Path | None, typer.Option("--data", help="FILE.jsonl or FILE.txt to measure the loss on, before, after")
+]
+
+
+def merge(
+    base: Base,
+    adapter: Annotated[Path, typer.Option("--adapter", help="plain or packed adapter of this base")],
+    out: Out,
+    options: MergeOptions,
+    data: Text = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Work an adapter into a packed base, quantize again, and say what that changed."""
+    from bitloft.merge import merge as verb
+
+    with progress("merging") as step:
+        report = verb(base, adapter, out, options, data=data, overwrite=overwrite, progress=step)
+    losses = "not measured (give --data)"
+    if report.loss_after is not None:
+        losses = (
+            f"{report.loss_base:.5f} base, {report.loss_before:.5f} with the adapter, {report.loss_after:.5f} merged"
+        )
+    show(
+        f"base {out}",
+        {
+            "merged": f"{len(report.matrices)} matrices; {report.untouched} packed ones keep every byte",
+            "change": _spread([m.change for m in report.matrices]) + " of the merged matrix (relative Frobenius norm)",
+            "of the adapter": _spread([m.of_adapter for m in report.matrices]) + " times its own norm",
+            "loss per token": losses,
+            "stored": size(report.stored_bytes),
+            "fingerprint": report.fingerprint,
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
+
+
+def convert(
+    base: Base,
+    out: Out,
+    options: ConvertOptions,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="plain or packed adapter of this base")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="portable: the original model, to measure on")] = None,
+    data: Text = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a base, or an adapter with it, into something that works without bitloft."""
+    from bitloft.convert import convert as verb
+
+    with progress("converting") as step:
+        report = verb(base, out, options, adapter=adapter, source=source, data=data, overwrite=overwrite, progress=step)
+    lacks = {
+        "dense": "rounding to its dtype changed each matrix by",
+        "portable": "the base differs from the original by |W - Q - s0*B0*A0| / |W|",
+        "bitsandbytes": "change of each matrix",
+    }
+    losses = ", ".join(f"{loss:.5f} {name}" for name, loss in report.losses.items())
+    show(
+        f"{report.to} {out}",
+        {
+            lacks[report.to]: _spread(list(report.changes.values())),
+            "rank": "no adapter" if report.rank is None else report.rank,
+            "loss per token": losses or "not measured",
+            "notes": " ".join(report.notes) or "none",
+            "stored": size(report.stored_bytes),
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4g} on average, {max(values):.4g} at most" if values else "unknown"
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"merge": merge, "convert": convert}
