@@ -1,6 +1,7 @@
 """The skeleton: names, ties and conversions as transformers sees them, on tiny models of each sort."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bitloft.options import QuantizeOptions
 from bitloft.quantize import quantize
 from tests.helpers import tiny_llama
 
-SETTINGS = {"format": "lm2:64", "rank": 2, "steps": 1}
+SETTINGS: dict[str, Any] = {"format": "lm2:64", "rank": 2, "steps": 1}
 
 
 def renamed(model: Path, **names: str) -> None:

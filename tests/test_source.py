@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import bitloft.integrations.source as module
 from bitloft.errors import CheckpointError, OptionError
@@ -29,11 +31,16 @@ def test_a_folder_is_identified_by_its_weights(tiny_model: Path, tmp_path: Path)
 def test_a_hub_name_is_downloaded_and_identified_by_its_commit(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked: list[tuple[str, Any]] = []
     snapshot = tmp_path / "abc123"
     shutil.copytree(tiny_model, snapshot)
-    monkeypatch.setattr(module.AutoConfig, "from_pretrained", lambda name: SimpleNamespace(_commit_hash="abc123"))
-    monkeypatch.setattr(module, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or snapshot)
+
+    def download(name: str, **settings: Any) -> Path:
+        asked.append((name, settings))
+        return snapshot
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: SimpleNamespace(_commit_hash="abc123"))
+    monkeypatch.setattr(module, "snapshot_download", download)
     source = open_source("someone/model")
     assert (source.name, source.folder, source.commit) == ("someone/model", str(snapshot), "abc123")
     assert asked[0][0] == "someone/model"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import bitloft.journal
 import bitloft.stream
+from bitloft.checkpoint import publish
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.integrations.loading import load
 from bitloft.integrations.transformers import BitloftConfig
@@ -24,6 +25,7 @@ from bitloft.journal import Journal
 from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
 from bitloft.quantize import TIMES, quantize
+from bitloft.shards import write
 from tests.helpers import tiny_llama
 
 SETTINGS: dict[str, Any] = {"format": "lm2:64", "rank": 2, "steps": 1}
@@ -74,7 +76,12 @@ def half_a_matrix(slots: Any, tensors: Iterator[Any]) -> None:
     die()
 
 
-add, write, publish = Journal.add, bitloft.stream.write, bitloft.journal.publish
+def publish_and_die(directory: Path, out: Path) -> None:
+    publish(directory, out)
+    die()
+
+
+add = Journal.add
 POINTS: dict[str, Any] = {
     "first matrix": (None, None, die_at(1)),
     "last matrix": (None, None, die_at(14)),
@@ -109,7 +116,7 @@ def test_a_kill_after_the_rename_is_a_finished_run(
     tiny_model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(bitloft.journal, "publish", lambda *places: (publish(*places), die()))
+        patch.setattr(bitloft.journal, "publish", publish_and_die)
         assert in_a_child(lambda: quantize(tiny_model, tmp_path / "out", **SETTINGS)) == 9
     assert digests(tmp_path / "out") == whole
 
