@@ -35,7 +35,7 @@ LAYERS = (
     ("integrations",),
     ("stream",),
     ("calibrate", "tasks", "report", "card"),
-    ("quantize", "train", "compress", "evaluate", "inspection", "generate", "plan", "sweep"),
+    ("quantize", "train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts"),
     ("merge", "convert"),
     ("serve",),
     ("console",),

@@ -1,4 +1,4 @@
-"""What `bitloft merge` and `bitloft convert` print; see console.py."""
+"""What `bitloft merge`, `bitloft convert` and `bitloft start-for` print; see console.py."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,4 +83,31 @@ def _spread(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.4g} on average, {max(values):.4g} at most" if values else "unknown"
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"merge": merge, "convert": convert}
+def start_for(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="bitsandbytes (4 bit) or GPTQ folder, or .gguf file")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="the 16-bit model that the base was made of")],
+    out: Out,
+    rank: Annotated[int, typer.Option("--rank", help="rank of the start")] = 16,
+    target: Annotated[list[str] | None, typer.Option("--target", help="only modules that match; repeat")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="seed of the randomized SVD")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the LoRA start that repairs a base which another tool quantized; written as a PEFT adapter for it."""
+    from bitloft.starts import start_for as verb
+
+    with progress("solving") as step:
+        report = verb(base, model, out, rank, target=target or (), seed=seed, overwrite=overwrite, progress=step)
+    before = sum(m.error_before for m in report.matrices) / len(report.matrices)
+    after = sum(m.error_after for m in report.matrices) / len(report.matrices)
+    show(
+        f"start {out}",
+        {
+            "base": f"{report.base} ({report.kind}); the start fits no other",
+            "rank": f"{report.rank}, scaling 1",
+            "mean error": f"{before:.4f} as quantized, {after:.4f} with the start ({len(report.matrices)} matrices)",
+            "time": f"{report.seconds:.1f} s",
+        },
+    )
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"merge": merge, "convert": convert, "start-for": start_for}
