@@ -26,6 +26,7 @@ from bitloft.integrations.skeleton import Reading, Skeleton, check_names, open_s
 from bitloft.integrations.source import Source
 from bitloft.integrations.transformers import BitloftConfig, BitloftQuantizer, register
 from bitloft.journal import Journal
+from bitloft.modules.parts import stored_names
 from bitloft.options import QuantizeOptions
 from bitloft.shards import Slots, Spec, write
 from bitloft.solvers import check_rank
@@ -87,7 +88,6 @@ def make_plan(source: Source, options: QuantizeOptions) -> Plan:
     register()
     skeleton = open_skeleton(source)
     model, dense = skeleton.model, skeleton.dense()
-    before = set(model.state_dict())
     quantizer = BitloftQuantizer(BitloftConfig(options))
     quantizer.preprocess_model(model, checkpoint_files=source.files())
     left = quantizer.left | skeleton.dropped
@@ -97,8 +97,8 @@ def make_plan(source: Source, options: QuantizeOptions) -> Plan:
         target = name if name in dense else f"{name}.weight"
         if target not in dense:
             raise CheckpointError(f"{name} was chosen for quantization, but the checkpoint holds no weight of it.")
-        begins = (f"{name}.", f"{name}_")
-        outputs = tuple(k for k in packed if k == target or (k not in before and k.startswith(begins)))
+        held = stored_names(name, stored)
+        outputs = tuple(key for key in packed if key in held)
         matrices[target] = Matrix(name, target, stored.format, dense[target].shape, outputs)
         check_rank(name, dense[target].shape[-2:], quantizer.plans[name])
     steps, copies, specs = _arrange(skeleton, matrices, packed)

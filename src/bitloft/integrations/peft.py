@@ -28,7 +28,9 @@ from transformers import PreTrainedModel
 
 from bitloft.checkpoint import write_json, write_tensors
 from bitloft.errors import AdapterError, OptionError
+from bitloft.integrations.experts_lora import ExpertsLora
 from bitloft.integrations.qalora import PooledVariant, is_pooled, merge_adapter
+from bitloft.modules.experts import QuantExperts
 from bitloft.modules.linear import QuantLinear, quant_linears
 
 INITS = (True, False, "gaussian")  # the ways to begin that do not read the weight
@@ -86,7 +88,7 @@ def register() -> None:
     @wraps(original)
     def with_quant_lora(self: LoraConfig) -> None:
         original(self)
-        self._register_custom_module({QuantLinear: QuantLora})
+        self._register_custom_module({QuantLinear: QuantLora, QuantExperts: ExpertsLora})
 
     with_quant_lora.knows_bitloft = True  # type: ignore[attr-defined]
     LoraConfig.__post_init__ = with_quant_lora

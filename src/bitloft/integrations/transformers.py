@@ -114,11 +114,13 @@ class BitloftQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        if config.modules is None:
+        if config.modules is None or not self.pre_quantized:
             selection = select_modules(model, config.options, weights_in(model, checkpoint_files))
             self.left = selection.left
             self.plans = resolve(tuple(selection.chosen), config.options)
-            config.modules = entries(self.plans, config.options, selection.chosen)
+            # a config of its own: the caller may quantize other models by the same one
+            config = BitloftConfig(config.options, modules=entries(self.plans, config.options, selection.chosen))
+            self.quantization_config = config
         for name, stored in config.stored().items():
             local = local_name(model, name, stored.kind)
             if local is not None:

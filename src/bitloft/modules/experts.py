@@ -11,7 +11,7 @@ class stands for all models whose experts follow transformers' experts interface
 """
 
 from collections.abc import Callable, Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +37,14 @@ def matrices(module: nn.Module, weight: Float[Tensor, "experts _ _"]) -> Float[T
     return weight.transpose(1, 2) if module.is_transposed else weight
 
 
+class Delta(NamedTuple):
+    """An adapter on one projection of all experts: y += scaling * x A^T B^T, each expert with its own A and B."""
+
+    a: Float[Tensor, "experts rank columns"]
+    b: Float[Tensor, "experts rows rank"]
+    scaling: float
+
+
 class QuantExperts(nn.Module):
     """The experts of ``dense``; ``pack`` turns its projections, one by one, into packed ones."""
 
@@ -48,14 +56,26 @@ class QuantExperts(nn.Module):
         super().__init__()
         self.source: Any = type(dense)
         self.parts: dict[str, Held] = {}
+        self.deltas: dict[str, list[Delta]] = {}  # adapters on a projection, while they are active
         take_over(self, dense, without=())
 
     def pack(self, name: str, stored: StoredModule) -> None:
         """Replace the dense parameter ``name`` by zeroed parts of ``stored``'s format, on the same device."""
         parameter = self.get_parameter(name)
         count, rows, columns = matrices(self, parameter).shape
+        order = list(self._parameters)
         del self._parameters[name]
         self.parts[name] = Held(self, name, (rows, columns), stored, parameter.device, stack=count)
+        _order(self, order)
+
+    def dense_shape(self, name: str) -> tuple[int, int, int]:
+        """The shape of the dense parameter ``name``, in the orientation that the model has it in."""
+        if name not in self.parts:
+            experts, *others = self.get_parameter(name).shape
+        else:
+            experts, others = self.num_experts, list(self.parts[name].shape)
+            others = others[::-1] if self.is_transposed else others
+        return experts, others[0], others[1]
 
     def dense(self, name: str) -> Float[Tensor, "experts rows columns"]:
         """Q + s0 * B0 @ A0 of every expert's projection ``name`` in float32."""
@@ -66,10 +86,11 @@ class QuantExperts(nn.Module):
         module: nn.Module = self.source.__new__(self.source)
         nn.Module.__init__(module)
         packed = {name for name, _ in self.named_buffers(recurse=False) if name.startswith(tuple(self.parts))}
-        take_over(module, self, without={"source", "parts", *self.parts, *packed})
+        take_over(module, self, without={"source", "parts", "deltas", *self.parts, *packed})
         for name in self.parts:
             weight = matrices(self, self.dense(name).to(dtype)).contiguous()
             module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        _order(module, list(self._parameters))
         return module
 
     def forward(
@@ -101,11 +122,19 @@ class QuantExperts(nn.Module):
             y = packed_product(x, part.weight(self, expert), part.start(self, expert), part.scaling)
         else:
             y = nn.functional.linear(x, matrices(self, self.get_parameter(name))[expert])
+        for delta in self.deltas.get(name, ()):
+            y = y + delta.scaling * (x.to(delta.a.dtype) @ delta.a[expert].T @ delta.b[expert].T).to(y.dtype)
         return y + getattr(self, f"{name}_bias")[expert].to(y.dtype) if self.has_bias else y
 
     def extra_repr(self) -> str:
         packed = ", ".join(f"{name}={part.format}" for name, part in self.parts.items())
         return f"{self.source.__name__}, {self.num_experts} experts, {packed}"
+
+
+def _order(module: nn.Module, names: list[str]) -> None:
+    """Put parameters in the dense module's order: PEFT nests its wrappers, and names its files' tensors, by it."""
+    for name in names:
+        module._parameters[name] = module._parameters.pop(name)
 
 
 def take_over(module: nn.Module, source: nn.Module, without: Container[str]) -> None:

@@ -57,18 +57,37 @@ def held(module: nn.Module, prefix: str, shape: tuple[int, ...], fmt: Format, in
     return PackedTensor(fmt, shape, **parts)
 
 
+def prefixes(leaf: str, kind: str) -> tuple[str, str, str]:
+    """What the names of weight, A0 and B0 begin with in the module that holds the parameter ``leaf``."""
+    return (leaf, f"{leaf}_a0", f"{leaf}_b0") if kind == "experts" else ("weight", "a0", "b0")
+
+
+def _split(name: str, kind: str) -> tuple[str, str]:
+    """The module's path with a dot, and the parameter's name in it."""
+    if kind != "experts":
+        return f"{name}.", "weight"
+    parent, _, leaf = name.rpartition(".")
+    return f"{parent}.", leaf
+
+
+def stored_names(name: str, stored: StoredModule) -> set[str]:
+    """Full names of all tensors that hold one packed module (for ``experts``: parameter)."""
+    owner, leaf = _split(name, stored.kind)
+    weight, *start = prefixes(leaf, stored.kind)
+    wanted = [(weight, stored.format), *((prefix, stored.start_format) for prefix in start if stored.rank)]
+    return {owner + tensor_name(prefix, part) for prefix, fmt in wanted for part in layout((1, 1), Format.parse(fmt))}
+
+
 def stored_tensors(name: str, kind: str, solutions: list[Solution]) -> dict[str, Tensor]:
     """What a file holds of one packed module, by full tensor name; experts give one solution per expert, in order.
 
     ``name`` is a module path, or for ``experts`` the path of the parameter.
     """
-    if kind != "experts":
-        (solution,) = solutions
-        return {f"{name}.{leaf}": tensor for leaf, tensor in solution_tensors(solution, "weight", "a0", "b0").items()}
-    leaf = name.rpartition(".")[2]
-    each = [solution_tensors(solution, leaf, f"{leaf}_a0", f"{leaf}_b0") for solution in solutions]
-    parent = name.removesuffix(leaf)
-    return {f"{parent}{key}": torch.stack([tensors[key] for tensors in each]) for key in each[0]}
+    owner, leaf = _split(name, kind)
+    each = [solution_tensors(solution, *prefixes(leaf, kind)) for solution in solutions]
+    if kind == "experts":
+        return {owner + key: torch.stack([tensors[key] for tensors in each]) for key in each[0]}
+    return {owner + key: tensor for key, tensor in each[0].items()}
 
 
 def solution_tensors(solution: Solution, weight: str, a0: str, b0: str) -> dict[str, Tensor]:
@@ -105,7 +124,7 @@ class Held:
         self.prefix, self.shape = prefix, shape
         self.format, self.rank, self.scaling = Format.parse(stored.format), stored.rank, stored.scaling
         self.start_format = Format.parse(stored.start_format)
-        self.a0, self.b0 = ("a0", "b0") if stack is None else (f"{prefix}_a0", f"{prefix}_b0")
+        _, self.a0, self.b0 = prefixes(prefix, "linear" if stack is None else "experts")
         allocate(module, prefix, shape, self.format, device, stack=stack, parameter=True)
         if self.rank:
             allocate(module, self.a0, (self.rank, shape[1]), self.start_format, device, stack=stack)
