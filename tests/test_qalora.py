@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,13 +13,12 @@ from bitloft.formats import Format
 from bitloft.integrations import register
 from bitloft.integrations.transformers import BitloftConfig
 from bitloft.kernels.ops import decode, encode
-from bitloft.modules.linear import QuantLinear, quant_linears
-from bitloft.modules.pooled import merge_qalora
+from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
 from bitloft.packed import unpack_halves
 from bitloft.rules import plan_of
 from bitloft.solvers import solve
-from bitloft.solvers.qalora import merge_pooled, pooled, qalora
+from bitloft.solvers.qalora import merge_pooled, qalora
 
 FORMATS = ("uniform4:32+shift", "uniform2:64+shift", "lm2:32+shift", "nf4:64+dq+shift", "book3:32+shift")
 
@@ -47,24 +44,6 @@ def test_only_the_shifts_change_and_to_the_nearest_half(spelling: str, columns: 
     unshifted = decode(merged) - found.repeat_interleave(fmt.group, 1)[:, :columns]
     before = decode(packed) - unpack_halves(packed.shifts, packed.exponent).repeat_interleave(fmt.group, 1)[:, :columns]
     torch.testing.assert_close(unshifted, before, atol=1e-5, rtol=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(spelling=st.sampled_from(FORMATS), columns=st.sampled_from([32, 64, 100, 192]), scale=st.floats(1e-3, 1e3))
-def test_the_merged_layer_computes_the_same_function(spelling: str, columns: int, scale: float) -> None:
-    """Outputs differ by the shifts' rounding alone: at most 2**-11 of each shift, times the sum of its group."""
-    fmt = Format.parse(spelling)
-    layer = QuantLinear(columns, 16, fmt, bias=torch.randn(16))
-    layer.load_solution(qalora(torch.randn(16, columns), fmt))
-    a, b = factors(16, columns, fmt, scale)
-    x = torch.randn(5, columns)
-    wanted = layer(x) + 0.5 * pooled(x, fmt) @ a.T @ b.T
-    merge_qalora(layer, a, b, 0.5)
-    packed = layer.packed_weight()
-    assert packed.shifts is not None
-    rounding = unpack_halves(packed.shifts, packed.exponent).abs() * 2**-11
-    bound = pooled(x, fmt).abs() @ rounding.T + 1e-4 * (1 + wanted.abs())
-    assert bool((layer(x) - wanted).abs().le(bound).all())
 
 
 def test_large_shifts_raise_the_exponent_and_keep_scales() -> None:
