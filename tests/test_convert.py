@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bitloft.checkpoint import read_json
 from bitloft.convert import convert
@@ -120,7 +120,9 @@ def test_dense_refuses_a_dtype_that_overflows(tmp_path: Path) -> None:
     model.model.layers[0].mlp.up_proj.weight.data *= 1e7
     model.save_pretrained(tmp_path / "m")
     quantize(tmp_path / "m", tmp_path / "base", format="lm4:32", rank=0)
-    with pytest.raises(OptionError, match=r"layers\.0\.mlp\.up_proj holds values beyond float16; convert to bfloat16"):
+    with pytest.raises(
+        OptionError, match=r"layers\.0\.mlp\.up_proj\.weight holds values beyond float16; convert to bfloat16"
+    ):
         convert(tmp_path / "base", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -218,6 +220,40 @@ def test_bitsandbytes_writes_dense_what_no_block_divides(tmp_path: Path) -> None
     assert any("no block of bitsandbytes divides its rows of 80" in note for note in report.notes)
     adapted = PeftModel.from_pretrained(plain(tmp_path / "out"), tmp_path / "out" / "start").eval()
     torch.testing.assert_close(logits(adapted), logits(load(tmp_path / "base")), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose linears were Conv1D, transposed."""
+    root = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(root / "model")
+    quantize(root / "model", root / "base", format="nf4:32", rank=2, steps=1)
+    return root / "base"
+
+
+def test_conv1d_becomes_conv1d_again(gpt2: Path, tmp_path: Path) -> None:
+    convert(gpt2, tmp_path / "out")
+    dense = plain(tmp_path / "out")
+    assert type(dense.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    torch.testing.assert_close(logits(dense), logits(load(gpt2)), atol=1e-5, rtol=1e-5)
+
+
+def test_conv1d_goes_to_bitsandbytes(gpt2: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    convert(gpt2, tmp_path / "out", to="bitsandbytes")
+    model = plain(tmp_path / "out")
+    assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Linear4bit"
+    adapted = PeftModel.from_pretrained(model, tmp_path / "out" / "start").eval()
+    torch.testing.assert_close(logits(adapted), logits(load(gpt2)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_packed_table_is_dense_again_but_not_bitsandbytes(tiny_model: Path, tmp_path: Path) -> None:
+    quantize(tiny_model, tmp_path / "base", format="nf4:32", rank=2, steps=1, embeddings=True, head=True)
+    with pytest.raises(OptionError, match="is packed as embedding, and bitsandbytes stores linears alone"):
+        convert(tmp_path / "base", tmp_path / "out", to="bitsandbytes")
+    convert(tmp_path / "base", tmp_path / "out")
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), logits(load(tmp_path / "base")), atol=1e-5, rtol=1e-5)
 
 
 def test_other_formats_cannot_become_bitsandbytes(tiny_model: Path, tmp_path: Path) -> None:

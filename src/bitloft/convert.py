@@ -26,16 +26,7 @@ from bitloft.checkpoint import copy_companions, read_json, writing
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked, write_lora
-from bitloft.integrations import bitsandbytes
-from bitloft.integrations.loading import (
-    BaseRecord,
-    base_record,
-    check_base,
-    load,
-    load_tokenizer,
-    model_class,
-    stored_dtype,
-)
+from bitloft.integrations import bitsandbytes, loading
 from bitloft.integrations.packing import dense_linear
 from bitloft.integrations.source import open_source
 from bitloft.modules.adapted import linear_of
@@ -73,7 +64,7 @@ class _Job:
     """What every target needs: the base, the adapter (None for the base alone), where to and what to measure on."""
 
     base: Path
-    record: BaseRecord
+    record: loading.BaseRecord
     factors: Factors | None
     out: Path
     options: ConvertOptions
@@ -118,14 +109,14 @@ def convert(
     holds, AdapterError for an adapter of another base, CheckpointError for damaged files or another source.
     """
     options, began, base = options or ConvertOptions(**settings), time.perf_counter(), Path(base)
-    record = base_record(base)
+    record = loading.base_record(base)
     factors = None if adapter is None else read_factors(adapter)
     if factors is not None:
-        check_base(factors.base, record, str(adapter))
+        loading.check_base(factors.base, record, str(adapter))
     if source is not None and options.to != "portable":
         raise OptionError(f"source does not apply to {options.to}; leave it out.")
-    named = None if source is None else str(source)
-    job = _Job(base, record, factors, Path(out), options, named, None if data is None else Path(data), progress)
+    named, text = None if source is None else str(source), None if data is None else Path(data)
+    job = _Job(base, record, factors, Path(out), options, named, text, progress)
     with writing(out, overwrite=overwrite) as directory, torch.no_grad():
         report = _TARGETS[options.to](job, directory)
         stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
@@ -136,7 +127,7 @@ def convert(
 def _dense(job: _Job, directory: Path) -> ConvertReport:
     """The whole model. Linears are summed with the adapter in float32 and rounded once; the rest is dequantized."""
     dtype = _dtype(job)
-    model = load(job.base, dtype=dtype)
+    model = loading.load(job.base, dtype=dtype)
     pairs = {} if job.factors is None else job.factors.pairs
     linears = {name: linear_of(model, name, pair, job.adapter) for name, pair in pairs.items()}
     layers, changes = quant_linears(model), {}
@@ -152,20 +143,23 @@ def _dense(job: _Job, directory: Path) -> ConvertReport:
         weight.data = exact.to(weight.dtype)
         changes[name] = relative(exact - weight.data.float(), exact)
     model = model.dequantize(dtype)
+    _require_finite(model)
     model.save_pretrained(directory)
     copy_companions(job.base, directory)
-    losses = {}
-    if job.data is not None:
-        losses = {"base": job.loss_of_base(), "converted": job.loss(directory)}
+    losses = {} if job.data is None else {"base": job.loss_of_base(), "converted": job.loss(directory)}
     return ConvertReport("dense", str(job.base), str(job.out), changes, losses=losses)
 
 
-def _dtype(job: _Job) -> torch.dtype:
-    """What is asked for, or what the base keeps its other tensors in."""
-    if job.options.dtype == "auto":
-        return stored_dtype(job.base)
-    dtype: torch.dtype = getattr(torch, job.options.dtype)
-    return dtype
+def _dtype(job: _Job) -> Any:
+    """The torch.dtype that is asked for, or that of what the base does not pack."""
+    return loading.stored_dtype(job.base) if job.options.dtype == "auto" else getattr(torch, job.options.dtype)
+
+
+def _require_finite(model: PreTrainedModel) -> None:
+    """A value beyond float16 would be infinite there, and the model silent about it."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise OptionError(f"{name} holds values beyond {str(parameter.dtype)[6:]}; convert to bfloat16 or float32.")
 
 
 def _replace_dense(
@@ -173,8 +167,6 @@ def _replace_dense(
 ) -> float:
     """Put the dense module that the layer was in its place; what rounding its weight changed."""
     rounded = exact.to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
-        raise OptionError(f"{name} holds values beyond {str(dtype)[6:]}; convert to bfloat16 or float32.")
     replace_module(model, name, dense_linear(layer, rounded))
     return relative(exact - rounded.float(), exact)
 
@@ -183,7 +175,7 @@ def _portable(job: _Job, directory: Path) -> ConvertReport:
     """The adapter alone, relative to the original model."""
     if job.factors is None:
         raise OptionError("a portable LoRA is made of an adapter; give one (a base alone is converted to dense).")
-    model = load(job.base, dtype=stored_dtype(job.base))
+    model = loading.load(job.base, dtype=loading.stored_dtype(job.base))
     pairs = {}
     for name, pair in job.factors.pairs.items():
         layer = linear_of(model, name, pair, job.adapter)
@@ -237,8 +229,7 @@ def _distances(
     original, changes = source.load(), {}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         module = original.get_submodule(name)
-        weight = module.weight.data.float()
-        weight = weight.T if isinstance(module, Conv1D) else weight
+        weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).data.float()
         changes[name] = relative(weight - layer.dense(), weight)
         job.step(done, len(layers), name)
     return changes, ()
@@ -247,29 +238,23 @@ def _distances(
 def _bitsandbytes(job: _Job, directory: Path) -> ConvertReport:
     """Codes and scales as they are; the start, and the adapter where one is given, as a LoRA in ``start``."""
     dtype = _dtype(job)
-    model = load(job.base, dtype=dtype)
+    model = loading.load(job.base, dtype=dtype)
     layers = quant_linears(model)
     bitsandbytes.require_linears(model)
     pairs = {} if job.factors is None else dict(job.factors.pairs)
     for name, pair in pairs.items():
         linear_of(model, name, pair, job.adapter)
     dense = {n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)}
-    changes, wide = {}, []
+    changes, notes = {}, []
     for done, (name, layer) in enumerate(layers.items(), start=1):
         bitsandbytes.require_nf4(name, layer.format)
         if layer.rank:
             start = Pair(layer.start_a(), layer.scaling * layer.start_b())
             pairs[name] = stacked(start, pairs[name]) if name in pairs else start
-        if bitsandbytes.block_of(layer.format, layer.in_features) is None:
-            layer.start_enabled = False
-            changes[name] = _replace_dense(model, name, layer, layer.dense(), dtype)
+        changes[name] = _export(model, name, layer, dtype)
+        if not isinstance(model.get_submodule(name), bitsandbytes.Stored):
             dense.add(name)
-            wide.append(f"{name} is written dense: no block of bitsandbytes divides its rows of {layer.in_features}.")
-        else:
-            tensors = bitsandbytes.stored_tensors(layer.packed_weight(), dtype)
-            bias = {} if layer.bias is None else {"bias": layer.bias.data}
-            replace_module(model, name, bitsandbytes.Stored(tensors | bias))
-            changes[name] = 0.0
+            notes.append(f"{name} is written dense: no block of bitsandbytes divides its rows of {layer.in_features}.")
         job.step(done, len(layers), name)
     bitsandbytes.save(model, directory, dtype, dense)
     copy_companions(job.base, directory)
@@ -277,33 +262,39 @@ def _bitsandbytes(job: _Job, directory: Path) -> ConvertReport:
     if pairs:
         rank = write_lora(directory / START, pairs, base_name=str(job.out), config={"task_type": _task_type(job)})
         what = "the start" if job.factors is None else "the start with the adapter"
-        wide.append(
-            f"bitsandbytes has no place for a start: {what} is the LoRA in {job.out / START}; load it with PEFT."
-        )
+        place = f"{what} is the LoRA in {job.out / START}; load it with PEFT."
+        notes.append(f"bitsandbytes has no place for a start: {place}")
     losses = _bitsandbytes_losses(job, directory, bool(pairs)) if job.data is not None else {}
-    return ConvertReport("bitsandbytes", str(job.base), str(job.out), changes, rank, tuple(wide), losses)
+    return ConvertReport("bitsandbytes", str(job.base), str(job.out), changes, rank, tuple(notes), losses)
+
+
+def _export(model: PreTrainedModel, name: str, layer: QuantLinear, dtype: torch.dtype) -> float:
+    """Put bitsandbytes' tensors in the layer's place (a dense one where no block divides its rows); what it changed."""
+    if bitsandbytes.block_of(layer.format, layer.in_features) is None:
+        layer.start_enabled = False
+        return _replace_dense(model, name, layer, layer.dense(), dtype)
+    tensors = bitsandbytes.stored_tensors(layer.packed_weight(), dtype)
+    bias = {} if layer.bias is None else {"bias": layer.bias.data}
+    replace_module(model, name, bitsandbytes.Stored(tensors | bias))
+    return 0.0
 
 
 def _task_type(job: _Job) -> str | None:
     if job.factors is not None and job.factors.config.get("task_type"):
         return str(job.factors.config["task_type"])
-    kind = model_class(read_json(job.base / "config.json"), str(job.base))
+    kind = loading.model_class(read_json(job.base / "config.json"), str(job.base))
     return "CAUSAL_LM" if kind.__name__.endswith("ForCausalLM") else None
 
 
 def _bitsandbytes_losses(job: _Job, directory: Path, started: bool) -> dict[str, float]:
     """Loss of the export as transformers reads it, start included."""
     try:
-        kind = model_class(read_json(directory / "config.json"), str(directory))
+        kind = loading.model_class(read_json(directory / "config.json"), str(directory))
         model = kind.from_pretrained(directory, dtype=torch.float32)
     except ImportError as error:
         raise OptionError(f"measuring the export needs bitsandbytes ({str(error).splitlines()[0]}).") from error
     adapter = directory / START if started else None
-    return {"base": job.loss_of_base(), "converted": job.loss(model, adapter, load_tokenizer(job.base))}
+    return {"base": job.loss_of_base(), "converted": job.loss(model, adapter, loading.load_tokenizer(job.base))}
 
 
-_TARGETS: dict[str, Callable[[_Job, Path], ConvertReport]] = {
-    "dense": _dense,
-    "portable": _portable,
-    "bitsandbytes": _bitsandbytes,
-}
+_TARGETS = {"dense": _dense, "portable": _portable, "bitsandbytes": _bitsandbytes}
