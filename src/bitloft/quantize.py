@@ -26,6 +26,7 @@ from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
 from bitloft.shards import INDEX, Slots, lay_out, reserve
 from bitloft.stream import Plan, Progress, make_plan, run
+from bitloft.widths import Widths, choose_widths
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
@@ -55,6 +56,7 @@ class QuantizeReport:
     """What ``quantize`` did. Bytes are those of stored tensors; ``true_bits`` are per weight of the packed matrices.
 
     ``resumed`` counts the matrices that an earlier, interrupted run had finished; ``seconds`` are this run's.
+    ``widths`` is what ``target_bits`` came to.
     """
 
     out: str
@@ -70,6 +72,7 @@ class QuantizeReport:
     seconds: float
     selection: str = "by the model class"
     resumed: int = 0
+    widths: Widths | None = None
 
     @property
     def weights(self) -> int:
@@ -127,6 +130,7 @@ def quantize(
     _check_run(str(model), jobs, threads)
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
+    options, widths = choose_widths(source, options, progress)
     plan = make_plan(source, options)
     tokenizer = source.tokenizer if plan.skeleton.known else None
     made_of = source.fingerprint()
@@ -140,7 +144,7 @@ def quantize(
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
         report = _report(str(out), source, plan, journal, directory)
-        report = replace(report, resumed=resumed, seconds=time.perf_counter() - began)
+        report = replace(report, resumed=resumed, widths=widths, seconds=time.perf_counter() - began)
         write_json(directory / REPORT, report.lasting())
         text = card.of_base(replace(report, out=Path(out).name), options)
         (directory / "README.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,15 @@ from bitloft.solvers.lowrank import generator_for
 from bitloft.solvers.qalora import qalora
 from bitloft.solvers.qlora import qlora
 
-__all__ = ["Solution", "check_rank", "solve"]
+__all__ = ["Solution", "check_rank", "require_finite", "solve"]
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise CheckpointError on NaN or infinity."""
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            f"tensor {name} holds NaN or infinity; the source model is damaged and cannot be quantized."
+        )
 
 
 def check_rank(name: str, shape: tuple[int, ...], plan: ModulePlan) -> None:
@@ -31,10 +39,7 @@ def solve(name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions)
     ``name`` seeds the SVD and appears in errors. Raises CheckpointError on NaN or infinity, OptionError where the rank
     exceeds min(out, in).
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinity; the source model is damaged and cannot be quantized."
-        )
+    require_finite(name, weight)
     check_rank(name, tuple(weight.shape), plan)
     matrix, fmt = weight.detach().float(), Format.parse(plan.format)
     if plan.solver == "qalora":
