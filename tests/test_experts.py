@@ -19,8 +19,9 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 
 def dense(name: str) -> nn.Module:
-    experts = make(name).get_submodule(EXPERTS)
-    experts.config._experts_implementation = "eager"
+    model = make(name)
+    model.config._experts_implementation = "eager"
+    experts: nn.Module = model.get_submodule(EXPERTS)
     return experts
 
 
@@ -83,9 +84,13 @@ def test_experts_of_other_processes_and_empty_batches_give_nothing() -> None:
 
 def test_an_expert_that_no_token_chose_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = pack(dense("mixtral"), ("gate_up_proj", "down_proj"))
-    seen = []
-    project = made._project
-    monkeypatch.setattr(made, "_project", lambda name, expert, x: seen.append(expert) or project(name, expert, x))
+    seen, project = [], made._project
+
+    def watched(name: str, expert: int, x: Tensor) -> Tensor:
+        seen.append(expert)
+        return project(name, expert, x)
+
+    monkeypatch.setattr(made, "_project", watched)
     x, _, weights = routed()
     made(x, torch.tensor([[0, 2]]).expand(7, 2), weights)
     assert set(seen) == {0, 2}

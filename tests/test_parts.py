@@ -57,7 +57,7 @@ def test_only_codes_of_a_weight_are_a_parameter_and_nothing_is_a_float() -> None
     assert not module.weight.requires_grad
     assert not any(t.is_floating_point() for t in module.state_dict().values())
     assert set(module.state_dict()) == {tensor_name(p, n) for p in ("weight", "a0") for n in layout((8, 64), fmt)}
-    assert held(module, "a0", (2, 64), fmt).codes.data_ptr() == module.a0.data_ptr()  # type: ignore[operator,union-attr]
+    assert held(module, "a0", (2, 64), fmt).codes.data_ptr() == module.a0.data_ptr()  # type: ignore[operator]
 
 
 def test_no_rank_no_start() -> None:

@@ -102,7 +102,7 @@ def test_tables_and_heads_are_quantized_when_asked() -> None:
 @pytest.mark.parametrize("settings", [{"embeddings": True}, {"head": True}])
 def test_half_of_a_tied_matrix_is_refused(settings: dict[str, bool]) -> None:
     with pytest.raises(OptionError, match=r"model\.embed and the output head are one matrix in this model; ask"):
-        select(**settings)
+        select(**settings)  # type: ignore[arg-type]
 
 
 def test_what_the_checkpoint_lacks_is_made_fresh_and_left() -> None:

@@ -12,7 +12,6 @@ disk is relative to the base with its start. The alternative, saving A and B who
 
 import copy
 import warnings
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
@@ -28,12 +27,12 @@ from transformers import PreTrainedModel
 
 from bitloft.checkpoint import write_json, write_tensors
 from bitloft.errors import AdapterError, OptionError
-from bitloft.integrations.experts_lora import ExpertsLora
+from bitloft.integrations.lora_layers import ExpertsLora, TableLora, refuse_variants
 from bitloft.integrations.qalora import PooledVariant, is_pooled, merge_adapter
+from bitloft.modules.embedding import QuantEmbedding
 from bitloft.modules.experts import QuantExperts
 from bitloft.modules.linear import QuantLinear, quant_linears
 
-INITS = (True, False, "gaussian")  # the ways to begin that do not read the weight
 RECORD = "bitloft_adapter.json"
 _PREFIX = "base_model.model."
 
@@ -67,18 +66,6 @@ class QuantLora(LoraLinear):
         raise AdapterError("nothing is merged into a packed weight, so there is nothing to unmerge.")
 
 
-def refuse_variants(config: LoraConfig) -> None:
-    """Raise AdapterError, by name, unless ``config`` is plain LoRA (rslora, patterns and biases too) or QA-LoRA."""
-    found = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
-    if config.init_lora_weights not in INITS:
-        found.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if found:
-        raise AdapterError(
-            f"{found[0]} needs a dense weight and does not work on packed ones; use plain LoRA "
-            "(init_lora_weights=True)."
-        )
-
-
 def register() -> None:
     """Make every LoraConfig from now on put QuantLora over QuantLinear. Calling it again changes nothing."""
     original = LoraConfig.__post_init__
@@ -88,7 +75,7 @@ def register() -> None:
     @wraps(original)
     def with_quant_lora(self: LoraConfig) -> None:
         original(self)
-        self._register_custom_module({QuantLinear: QuantLora, QuantExperts: ExpertsLora})
+        self._register_custom_module({QuantLinear: QuantLora, QuantEmbedding: TableLora, QuantExperts: ExpertsLora})
 
     with_quant_lora.knows_bitloft = True  # type: ignore[attr-defined]
     LoraConfig.__post_init__ = with_quant_lora

@@ -1,4 +1,6 @@
-"""LoRA on packed experts, as PEFT lays it out for fused 3-D parameters (``target_parameters``).
+"""LoRA on packed tables and packed experts; refusals of what needs a dense weight.
+
+``TableLora`` is PEFT's embedding layer with sentences in place of errors from deep inside.
 
 For a mixture PEFT's ``all-linear`` takes the experts in through ``ParamWrapper``, which adds ``B @ A`` to the dense
 parameter while the module runs. On int8 codes that would be noise or nothing at all, without a word. ``ExpertsLora``
@@ -8,29 +10,55 @@ factors to QuantExperts instead, which applies them as x A^T B^T to the tokens o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from bitloft.errors import AdapterError
 from bitloft.modules.experts import Delta, QuantExperts
 
-_INITS = (True, False, "gaussian")  # the ways to begin that do not read the weight
+_NO_MERGE = "an adapter cannot be merged into {}: rounding would lose it. Keep it beside the base."
+INITS = (True, False, "gaussian")  # the ways to begin that do not read the weight
+
+
+def refuse_variants(config: LoraConfig) -> None:
+    """Raise AdapterError, by name, unless ``config`` is plain LoRA (rslora, patterns and biases too) or QA-LoRA."""
+    found = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+    if config.init_lora_weights not in INITS:
+        found.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if found:
+        raise AdapterError(
+            f"{found[0]} needs a dense weight and does not work on packed ones; use plain LoRA "
+            "(init_lora_weights=True)."
+        )
+
+
+class TableLora(LoraEmbedding):
+    """PEFT's LoRA layer over a QuantEmbedding."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Add an adapter. Raises AdapterError for a LoRA variant that reads or changes the dense weight."""
+        refuse_variants(config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise AdapterError(_NO_MERGE.format("a packed table"))
+
+    def unmerge(self) -> None:
+        raise AdapterError("nothing is merged into a packed table, so there is nothing to unmerge.")
 
 
 class ExpertsLora(ParamWrapper):
     """PEFT's wrapper of one projection of the experts; two projections are two wrappers, one around the other."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Add an adapter. Raises AdapterError for a beginning that reads the dense weight."""
-        if config.init_lora_weights not in _INITS:
-            raise AdapterError(
-                f"init_lora_weights={config.init_lora_weights!r} needs a dense weight and does not work on packed "
-                "experts; use plain LoRA (init_lora_weights=True)."
-            )
+        """Add an adapter. Raises AdapterError for a LoRA variant that reads or changes the dense weight."""
+        refuse_variants(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def get_param(self) -> Tensor:
@@ -55,9 +83,7 @@ class ExpertsLora(ParamWrapper):
         return Delta(a.reshape(self.num_experts, -1, a.shape[1]), by_expert, self.scaling[name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise AdapterError(
-            "an adapter cannot be merged into packed experts: rounding would lose it. Keep it beside the base."
-        )
+        raise AdapterError(_NO_MERGE.format("packed experts"))
 
     def unmerge(self) -> None:
         raise AdapterError("nothing is merged into packed experts, so there is nothing to unmerge.")

@@ -1,4 +1,4 @@
-"""LoRA on packed experts: PEFT's own tensors and files, the same function as on the dense experts."""
+"""LoRA on packed tables and experts: PEFT's own tensors and files, the same function as on the dense experts."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 import bitloft
 from bitloft.errors import AdapterError
-from bitloft.integrations.experts_lora import ExpertsLora
+from bitloft.integrations.lora_layers import ExpertsLora, TableLora
 from bitloft.integrations.transformers import BitloftConfig
 from bitloft.modules.experts import QuantExperts
 from bitloft.options import QuantizeOptions
 from tests.architectures import MIXTURES, inputs, make
-from tests.test_architectures import output, quiet_peft
+from tests.test_architectures import on_load, output, quiet_peft
 
 bitloft.register()
 
@@ -30,7 +30,7 @@ def packed(name: str, directory: Path) -> PreTrainedModel:
 
 def config(**settings: object) -> LoraConfig:
     projections = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    return LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=projections, **settings)  # type: ignore[arg-type]
+    return LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=projections, **settings)
 
 
 def randomized(model: PeftModel) -> PeftModel:
@@ -92,3 +92,28 @@ def test_what_a_packed_expert_cannot_do_is_a_sentence(tmp_path: Path) -> None:
         next(m for m in adapted.modules() if isinstance(m, ExpertsLora)).unmerge()
     experts = next(m for m in adapted.modules() if isinstance(m, QuantExperts))
     assert experts.deltas == {}
+
+
+def test_an_adapter_on_a_packed_table(tmp_path: Path) -> None:
+    """DeBERTa's table, as LoftQ quantizes it: the same rows as PEFT adds to the dequantized table."""
+    model = on_load("deberta_v3", tmp_path / "dense", embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    before = output(model, "deberta_v3")
+    with quiet_peft():
+        adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["word_embeddings"]))
+        (layer,) = (m for m in adapted.modules() if isinstance(m, TableLora))
+        assert torch.equal(output(adapted.eval(), "deberta_v3"), before)
+        y = output(randomized(adapted), "deberta_v3")
+        adapted.save_pretrained(tmp_path / "adapter")
+        dense = type(model).from_pretrained(tmp_path / "base", dtype=torch.float32).dequantize(torch.float32)
+        theirs = output(PeftModel.from_pretrained(dense, tmp_path / "adapter").eval(), "deberta_v3")
+    torch.testing.assert_close(theirs, y, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(y, before)
+    adapted(**inputs("deberta_v3"))[0].sum().backward()
+    assert bool(layer.lora_embedding_B["default"].grad.abs().sum() > 0)
+    with pytest.raises(AdapterError, match="cannot be merged into a packed table"):
+        adapted.merge_adapter()
+    with pytest.raises(AdapterError, match="nothing is merged"):
+        layer.unmerge()
+    with quiet_peft(), pytest.raises(AdapterError, match="use_dora needs a dense weight"):
+        adapted.add_adapter("other", LoraConfig(r=2, target_modules=["word_embeddings"], use_dora=True))
