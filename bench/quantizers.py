@@ -29,12 +29,24 @@ from bitloft.formats import Format
 from bitloft.kernels.ops import decode, encode
 
 FORMATS = (
-    "nf2:64", "nf3:64", "nf4:64", "nf4:64+dq", "nf2:64+dq", "lm2:32", "lm2:64", "lm2:64+dq", "lm2:128", "lm2:64+shift",
+    "nf2:64", "nf3:64", "nf4:64", "nf4:32", "nf4:32+dq", "nf4:64+dq", "nf2:64+dq", "lm2:32", "lm2:64", "lm2:64+dq", "lm2:128", "lm2:64+shift",
     "lm3:32", "lm3:64", "lm3:64+dq", "lm4:32", "lm4:64", "lm4:64+dq", "lm4:64+shift", "book2:64", "book2:64+dq",
     "book3:64", "book3:64+dq", "uniform2:64", "uniform3:64", "uniform4:64", "uniform2:tensor", "uniform3:tensor",
     "uniform4:tensor", "sign:64",
 )  # fmt: skip
-QUICK = ("nf2:64", "nf4:64", "nf4:64+dq", "lm2:32", "lm2:64", "lm3:32", "lm3:64", "lm4:32", "lm4:64", "lm4:64+dq")
+QUICK = (
+    "nf2:64",
+    "nf4:64",
+    "nf4:32",
+    "nf4:64+dq",
+    "lm2:32",
+    "lm2:64",
+    "lm3:32",
+    "lm3:64",
+    "lm4:32",
+    "lm4:64",
+    "lm4:64+dq",
+)
 ROWS = {"smoke": 32, "quick": 512, "full": 4096}
 TOLERANCE = 1.001
 
@@ -108,7 +120,7 @@ def _linears(folder: Path, mode: str) -> Iterator[Tensor]:
     """The two-dimensional weights of the layers; every tenth with --quick."""
     found = 0
     for file in weight_files(folder):
-        for name, tensor in read_tensors(file).items():
+        for name, tensor in sorted(read_tensors(file).items()):
             if tensor.ndim == 2 and "embed" not in name and "pooler" not in name and "head" not in name:
                 found += 1
                 if mode == "full" or found % 10 == 1:
