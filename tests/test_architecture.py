@@ -18,26 +18,36 @@ MODULES = sorted(SRC.rglob("*.py"))
 LAYERS = (
     ("errors",),
     ("formats",),
+    ("patterns",),
     ("options",),
+    ("rules",),
     ("packed",),
     ("kernels",),
     ("solvers", "checkpoint"),
+    ("shards", "journal"),
+    ("float8",),
     ("adapter_config",),
     ("adapter_table",),
     ("adapter_files",),
     ("adapters",),
+    ("factors",),
     ("modules",),
     ("integrations",),
+    ("stream",),
     ("calibrate", "tasks", "report", "card"),
-    ("quantize", "train", "compress", "evaluate", "inspection", "generate", "plan", "sweep"),
+    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts"),
+    ("widths",),
+    ("quantize",),
+    ("merge", "convert"),
     ("serve",),
     ("console",),
+    ("console_convert",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What knows transformers and peft: their integrations, and what builds on those.
-KNOWS_TRANSFORMERS = ("integrations", "tasks", "quantize", "train", "evaluate", "generate", "serve")
-TORCH_FREE = ("errors", "formats", "options", "cli")
+KNOWS_TRANSFORMERS = ("integrations", "tasks", "quantize", "train", "evaluate", "merge", "convert", "generate", "serve")
+TORCH_FREE = ("errors", "formats", "patterns", "options", "rules", "cli")
 MODULE_LINES, FUNCTION_LINES = 350, 60
 
 

@@ -166,15 +166,20 @@ def test_an_existing_directory_is_kept(tiny_model: Path, tmp_path: Path) -> None
         quantize(tiny_model, tmp_path / "out")
 
 
-def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_under_its_name_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys; from bitloft.quantize import quantize\n"
         "def kill(done, total, name):\n    if done == 5: os.kill(os.getpid(), 9)\n"
         "quantize(sys.argv[1], sys.argv[2], rank=2, progress=kill)"
     )
     subprocess.run([sys.executable, "-c", code, str(tiny_model), str(tmp_path / "out")], check=False)
-    assert not (tmp_path / "out").exists()
-    quantize(tiny_model, tmp_path / "out", rank=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.work"]
+    with pytest.raises(CheckpointError, match="holds an interrupted run; resume it, or remove the directory"):
+        quantize(tiny_model, tmp_path / "out", rank=2)
+    with pytest.raises(CheckpointError, match="had rank 2, now it is 4; resume with the same settings"):
+        quantize(tiny_model, tmp_path / "out", rank=4, resume=True)
+    report = quantize(tiny_model, tmp_path / "out", rank=2, resume=True)
+    assert report.resumed == 5
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

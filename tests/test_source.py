@@ -1,106 +1,88 @@
-"""Where dense models come from: folders and GGUF files; hub names only where one is reachable."""
+"""Sources: folders, GGUF files and hub names; what is refused, and what identifies a model."""
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from bitloft.errors import CheckpointError
-from bitloft.integrations.source import open_source
+import bitloft.integrations.source as module
+from bitloft.errors import CheckpointError, OptionError
+from bitloft.integrations.source import Held, Source, open_source
 from bitloft.quantize import quantize
-from tests.helpers import tiny_llama
 
 
-def test_a_folder_is_loaded_in_its_own_dtype(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "m"), dtype=torch.float16).save_pretrained(
-        tmp_path / "m"
-    )
-    source = open_source(str(tmp_path / "m"))
-    assert source.load().dtype == torch.float16
-    assert source.tokenizer.chat_template
-    assert source.fingerprint() == open_source(str(tmp_path / "m")).fingerprint()
+def test_a_folder_is_identified_by_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    source = open_source(str(tiny_model))
+    assert (source.name, source.folder, source.gguf) == (tiny_model.name, str(tiny_model), None)
+    shutil.copytree(tiny_model, tmp_path / "same")
+    assert open_source(str(tmp_path / "same")).fingerprint() == source.fingerprint()
+    tensors = load_file(tiny_model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, tmp_path / "same" / "model.safetensors", metadata={"format": "pt"})
+    assert open_source(str(tmp_path / "same")).fingerprint() != source.fingerprint()
 
 
-def test_a_folder_without_a_tokenizer_is_fine(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "m")
-    for file in (*folder.glob("*token*"), *folder.glob("chat*")):
-        file.unlink()
-    assert open_source(str(folder)).tokenizer is None
+def test_a_hub_name_is_downloaded_and_identified_by_its_commit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Any]] = []
+    snapshot = tmp_path / "abc123"
+    shutil.copytree(tiny_model, snapshot)
+
+    def download(name: str, **settings: Any) -> Path:
+        asked.append((name, settings))
+        return snapshot
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: SimpleNamespace(_commit_hash="abc123"))
+    monkeypatch.setattr(module, "snapshot_download", download)
+    source = open_source("someone/model")
+    assert (source.name, source.folder, source.commit) == ("someone/model", str(snapshot), "abc123")
+    assert asked[0][0] == "someone/model"
+    assert "*.bin" not in asked[0][1]["allow_patterns"]
+    assert source.fingerprint() != open_source(str(snapshot)).fingerprint()
+    assert source.fingerprint() == Source("someone/model", "elsewhere", commit="abc123").fingerprint()
 
 
-def test_other_files_and_unreachable_names_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="a file but not a GGUF one"):
-        open_source(str(tmp_path / "model.onnx"))
-    with pytest.raises(CheckpointError, match="neither a local model nor a reachable hub name"):
-        open_source("nobody/nothing-of-this-name")
+def test_what_is_no_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    for given, words in (
+        (str(tmp_path / "notes.txt"), "is a file but not a GGUF one"),
+        ("./nowhere", "does not exist"),
+        ("a/b/c", "does not exist"),
+        ("someone/no-such-model", "neither a local model nor a reachable hub name"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            open_source(given)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_model / "model.safetensors", tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=r"holds weights but no config.json"):
+        open_source(str(tmp_path / "bare"))
+    (tmp_path / "bare" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="does not hold a JSON object"):
+        open_source(str(tmp_path / "bare")).config()
 
 
-def _write_gguf(folder: Path, file: Path) -> None:
-    """The tiny Llama as a float GGUF file with its own tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    import json
-
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = raw["model"]["vocab"] | {t["content"]: t["id"] for t in raw["added_tokens"]}
-    writer.add_token_list([t for t, _ in sorted(vocabulary.items(), key=lambda kv: kv[1])])
-    writer.add_token_types([3 if i < 3 else 1 for i in range(len(vocabulary))])
-    merges = [" ".join(m) if isinstance(m, list) else m for m in raw["model"]["merges"]]
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        target = names.get_name(name, try_suffixes=(".weight",))
-        if target is None or "lm_head" in name:
-            continue
-        array = tensor.numpy()
-        leaf = name.split(".")[-2]
-        if leaf in heads:  # llama.cpp keeps rotary halves interleaved
-            n = heads[leaf]
-            array = array.reshape(n, 2, array.shape[0] // n // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(target, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_a_model_that_others_quantized_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    for read in (Source.tensors, Source.load):
+        with pytest.raises(CheckpointError, match="is quantized already; quantize the 16-bit model"):
+            read(open_source(str(tmp_path / "m")))
 
 
-def test_a_gguf_file_becomes_a_base(tmp_path: Path) -> None:
-    """transformers refuses to save a model that it read from GGUF: the weights go through a fresh one."""
-    folder = tiny_llama(tmp_path / "m")
-    _write_gguf(folder, tmp_path / "tiny.gguf")
-    ids = torch.arange(2, 12).unsqueeze(0)
-    read = open_source(str(tmp_path / "tiny.gguf")).load().float()
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():  # float16 weights; the rotary tables must be there too
-        torch.testing.assert_close(read(ids).logits, reference(ids).logits, rtol=0.02, atol=0.02)
-    report = quantize(tmp_path / "tiny.gguf", tmp_path / "base", rank=4)
-    assert len(report.matrices) == 14
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
-    from bitloft.integrations.loading import load, load_tokenizer
-    from bitloft.modules.linear import quant_linears
+def test_a_tensor_in_memory_reads_like_one_in_a_file() -> None:
+    held = Held(torch.arange(6.0).reshape(2, 3))
+    assert held.spec == ("F32", (2, 3))
+    assert torch.equal(held.read(), next(held.chunks()))
 
-    layers = quant_linears(load(tmp_path / "base"))
-    for matrix in report.matrices:
-        weight = dense.get_submodule(matrix.name).weight.detach().float()
-        error = torch.linalg.vector_norm(weight - layers[matrix.name].dense()) / torch.linalg.vector_norm(weight)
-        assert float(error) == pytest.approx(matrix.error_after, rel=0.01)
-    assert load_tokenizer(tmp_path / "base")("the quick").input_ids
+
+def test_gguf_files_are_not_read_by_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="jobs is 2, but a GGUF file is converted whole"):
+        quantize(tmp_path / "m.gguf", tmp_path / "out", jobs=2)

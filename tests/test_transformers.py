@@ -13,8 +13,9 @@ from transformers import (
 
 import bitloft
 from bitloft.errors import CheckpointError
-from bitloft.integrations.transformers import BitloftConfig, choose
+from bitloft.integrations.transformers import BitloftConfig
 from bitloft.modules.linear import QuantLinear, quant_linears
+from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions
 from bitloft.quantize import quantize
 
@@ -113,4 +114,4 @@ def test_the_head_is_left_alone_even_when_it_is_not_tied(tmp_path: Path) -> None
     from tests.helpers import tiny_llama
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "m", tied=False))
-    assert "lm_head" not in choose(model, QuantizeOptions()).chosen
+    assert "lm_head" not in select_modules(model, QuantizeOptions()).chosen

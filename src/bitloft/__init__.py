@@ -18,6 +18,8 @@ _PUBLIC = {
     "train": "bitloft.train",
     "compress": "bitloft.compress",
     "expand": "bitloft.compress",
+    "merge": "bitloft.merge",
+    "convert": "bitloft.convert",
     "evaluate": "bitloft.evaluate",
     "load": "bitloft.integrations.transformers",
     "register": "bitloft.integrations",
@@ -27,9 +29,11 @@ __all__ = [
     "Format",
     "PackedTensor",
     "compress",
+    "convert",
     "evaluate",
     "expand",
     "load",
+    "merge",
     "quantize",
     "register",
     "train",
@@ -37,10 +41,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from bitloft.compress import compress, expand
+    from bitloft.convert import convert
     from bitloft.evaluate import evaluate
     from bitloft.formats import Format
     from bitloft.integrations import register
     from bitloft.integrations.transformers import load
+    from bitloft.merge import merge
     from bitloft.packed import PackedTensor
     from bitloft.quantize import quantize
     from bitloft.train import train

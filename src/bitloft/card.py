@@ -36,3 +36,27 @@ bitloft.register()
 model = AutoModelForCausalLM.from_pretrained("{report.out}")
 ```
 """
+
+
+def of_merged(report: Any) -> str:
+    """README.md of a base that an adapter was merged into; ``report`` is a MergeReport."""
+    largest = max((m.change for m in report.matrices), default=0.0)
+    losses = "not measured"
+    if report.loss_after is not None:
+        losses = f"{report.loss_before:.4f} with the adapter beside the base, {report.loss_after:.4f} merged"
+    return f"""---
+library_name: transformers
+tags: [bitloft]
+---
+
+# {report.base} with {report.adapter} merged in, by bitloft {__version__}
+
+| | |
+|---|---|
+| merged matrices | {len(report.matrices)}; {report.untouched} packed ones are as they were |
+| largest change of a matrix by quantizing it again | {largest:.4f} (relative Frobenius norm) |
+| loss per token | {losses} |
+| fingerprint | `{report.fingerprint}` |
+
+Reading it needs the package `bitloft`: `import bitloft; model = bitloft.load(DIRECTORY)`.
+"""

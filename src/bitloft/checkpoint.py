@@ -43,19 +43,24 @@ def writing(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _settle(temporary)
-        if out.exists():
-            retired = temporary.with_name(temporary.name + "-old")
-            out.rename(retired)
-            temporary.rename(out)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(out)
-        _fsync(out.parent)
+        publish(temporary, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror or error}; nothing was left there.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(directory: Path, out: Path) -> None:
+    """Fsync a finished ``directory`` and rename it to ``out``, replacing what is there (same file system; OSError)."""
+    _settle(directory)
+    if out.exists():
+        retired = out.parent / f".{out.name}.tmp-{os.getpid()}-old"
+        out.rename(retired)
+        directory.rename(out)
+        shutil.rmtree(retired)
+    else:
+        directory.rename(out)
+    _fsync(out.parent)
 
 
 def sweep(out: Path) -> None:
@@ -177,6 +182,19 @@ def weight_files(directory: Path) -> list[Path]:
 def ignored_pickles(directory: Path) -> list[str]:
     """Pickles beside the weights, such as Trainer's training_args.bin: never opened, listed in reports."""
     return [p.name for p in sorted(directory.iterdir()) if p.suffix in PICKLES]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what a model folder holds beside config and weights (tokenizer, template, generation config, vocabulary).
+
+    Files that ``target`` has already, pickles, and what bitloft says of ``source`` alone stay behind.
+    """
+    own = (MANIFEST, "config.json", "README.md")
+    for file in sorted(source.iterdir()):
+        wanted = file.is_file() and not file.name.startswith((".", "bitloft_")) and file.name not in own
+        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        if wanted and not weights and file.suffix not in PICKLES and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
 
-from bitloft import __version__, console
+from bitloft import __version__, console, console_convert
 from bitloft.errors import BitloftError
 
 app = typer.Typer(
@@ -58,6 +58,8 @@ def _flags(kind: type) -> list[inspect.Parameter]:
             hint, default = list[str], list(default)
         elif type(None) in get_args(hint):
             hint = Optional[next(a for a in get_args(hint) if a is not type(None))]  # noqa: UP045 (typer's spelling)
+        elif str in get_args(hint):  # a number or a word: the options read the number
+            hint, default = str, str(default)
         about = typer.Option("--" + f.name.replace("_", "-"), help=f.metadata["help"])
         annotation: Any = Annotated[hint, about]
         flags.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
@@ -71,7 +73,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-for _name, _run in console.COMMANDS.items():
+for _name, _run in (console.COMMANDS | console_convert.COMMANDS).items():
     command(_name, _run)
 
 

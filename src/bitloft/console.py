@@ -36,12 +36,19 @@ def quantize(
     out: Out,
     options: QuantizeOptions,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an interrupted run of the same settings")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="processes, each on matrices of its own")] = 1,
+    threads: Annotated[int, typer.Option("--threads", help="threads of each process; part of what a run is")] = 1,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="largest weight file, such as 5GB")] = "50GB",
 ) -> None:
-    """Quantize a model to 2-4 bits and find the LoRA start that repairs it."""
+    """Quantize a model to 2-4 bits and find the LoRA start that repairs it, in the memory of its largest matrix."""
     from bitloft.quantize import quantize as verb
 
+    run: dict[str, Any] = {"resume": resume, "jobs": jobs, "threads": threads, "shard_size": shard_size}
     with progress("quantizing") as step:
-        report = verb(model, out, options, overwrite=overwrite, progress=step)
+        report = verb(model, out, options, overwrite=overwrite, progress=step, **run)
     before = sum(m.error_before for m in report.matrices) / len(report.matrices)
     after = sum(m.error_after for m in report.matrices) / len(report.matrices)
     show(
@@ -52,9 +59,10 @@ def quantize(
             "mean error": f"{before:.4f} rounded, {after:.4f} with the start (relative Frobenius norm)",
             "stored": f"{size(report.stored_bytes)}, of it embeddings {size(report.embedding_bytes)}",
             "was": size(report.source_bytes),
+            "chosen": report.selection,
             "left alone": _reasons(report.left),
             "ignored": ", ".join(report.ignored) or "nothing",
-            "time": f"{report.seconds:.1f} s",
+            "time": f"{report.seconds:.1f} s" + (f", {report.resumed} matrices before" if report.resumed else ""),
         },
     )
 
@@ -211,12 +219,13 @@ def serve(
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a base, a plain adapter or a packed one")],
+    other: Annotated[Path | None, typer.Option("--compare", help="another base to put beside it")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Show what is inside: per module format, true bits, payload bits and error."""
-    from bitloft.inspection import inspect as verb
+    """Show what is inside: per module format, true bits, payload bits and error; or two bases side by side."""
+    from bitloft import inspection
 
-    found = verb(path)
+    found = inspection.inspect(path) if other is None else inspection.compare(path, other)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return

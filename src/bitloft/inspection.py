@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from bitloft import __version__
 from bitloft.adapters import PackedModule, is_packed, read_adapter, read_packed
 from bitloft.checkpoint import MANIFEST, ignored_pickles, read_header, read_json, read_manifest, weight_files
 from bitloft.errors import CheckpointError
-from bitloft.formats import Format, layout
+from bitloft.formats import Format
 from bitloft.kernels import ops
+from bitloft.modules.parts import stored_names
+from bitloft.options import QuantizeOptions
+from bitloft.rules import StoredModule
 
 REPORT = "bitloft_report.json"
 
@@ -57,26 +61,25 @@ def _base(path: Path) -> Inspection:
     manifest = read_manifest(path, "base") if (path / MANIFEST).exists() else {}
     entries = _entries(path)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
-    found = {m["name"]: m for m in report.get("matrices", [])}
+    given = quantization["options"]
+    options = QuantizeOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     rows, packed, start, weights = [], 0, 0, 0
-    for name, spelling in quantization["modules"].items():
-        fmt = Format.parse(spelling)
-        shape = _dense_shape(name, fmt, entries, found)
-        stored = sum(part.nbytes for part in layout(shape, fmt).values())
-        start_bytes = _start_bytes(entries, name)
-        count = shape[0] * shape[1]
-        error = found.get(name, {})
-        rows.append(
-            (name, spelling, f"{shape[0]} x {shape[1]}", 8 * stored / count, 8 * start_bytes / count, float(fmt.bits),
-             error.get("error_before", "-"), error.get("error_after", "-"))
-        )  # fmt: skip
-        packed, start, weights = packed + stored, start + start_bytes, weights + count
+    for name, entry in quantization["modules"].items():
+        stored = StoredModule.read(entry, options, name)
+        found = [m for m in report.get("matrices", []) if m["name"] == name or m["name"].startswith(f"{name}.")]
+        spans = _spans(name, stored, entries)
+        shape = _dense_shape(name, stored, entries, found)
+        count, bits = prod(shape), float(Format.parse(stored.format).bits)
+        errors = (_mean_error(found, "error_before"), _mean_error(found, "error_after"))
+        size = " x ".join(str(n) for n in shape)
+        rows.append((name, stored.format, size, 8 * spans[0] / count, 8 * spans[1] / count, bits, *errors))
+        packed, start, weights = packed + spans[0], start + spans[1], weights + count
     summary = {
         "true bits": 8 * packed / max(weights, 1),
         "true bits with start": 8 * (packed + start) / max(weights, 1),
         "packed weights": f"{weights:,} in {len(rows)} matrices",
         "stored bytes": sum(f.stat().st_size for f in weight_files(path)),
-        "options": ", ".join(f"{k}={v}" for k, v in quantization["options"].items()),
+        "options": ", ".join(f"{k}={v}" for k, v in given.items()),
         "fingerprint": manifest.get("fingerprint", "no manifest"),
         "source": manifest.get("source", "unknown"),
         "left alone": f"{len(report.get('left', {}))} modules",
@@ -94,20 +97,71 @@ def _entries(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _start_bytes(entries: dict[str, dict[str, Any]], module: str) -> int:
-    spans = [e["data_offsets"] for key, e in entries.items() if key.startswith((f"{module}.a0", f"{module}.b0"))]
-    return sum(end - begin for begin, end in spans)
+def _spans(name: str, stored: StoredModule, entries: dict[str, dict[str, Any]]) -> tuple[int, int]:
+    """Bytes in the files of a module's weight and of its start. Raises CheckpointError where a part is missing."""
+    weight = start = 0
+    for key in stored_names(name, stored):
+        if key not in entries:
+            raise CheckpointError(f"the config lists {name}, but its part {key} is not in the weight files.")
+        begin, end = entries[key]["data_offsets"]
+        if key.removeprefix(name)[1:].startswith(("a0", "b0")):  # name.a0... in a layer, name_a0... among experts
+            start += end - begin
+        else:
+            weight += end - begin
+    return weight, start
 
 
-def _dense_shape(name: str, fmt: Format, entries: dict[str, dict[str, Any]], found: dict[str, Any]) -> tuple[int, int]:
-    """[out, in] from the report; without one from the codes' own shape, where padding counts as columns."""
-    if name in found:
-        rows, columns = found[name]["shape"]
-        return rows, columns
-    if f"{name}.weight" not in entries:
-        raise CheckpointError(f"the config lists {name}, but its packed codes are not in the weight files.")
-    rows, width = entries[f"{name}.weight"]["shape"]
-    return rows, 8 * width // fmt.bits
+def _dense_shape(
+    name: str, stored: StoredModule, entries: dict[str, dict[str, Any]], found: list[dict[str, Any]]
+) -> tuple[int, ...]:
+    """[out, in] from the report (experts: [experts, out, in]); without one from the codes' own shape, where padding
+    counts as columns."""
+    codes = entries[name if stored.kind == "experts" else f"{name}.weight"]["shape"]
+    if found:
+        return (*codes[:-2], *found[0]["shape"])
+    return (*codes[:-1], 8 * codes[-1] // Format.parse(stored.format).bits)
+
+
+def _mean_error(found: list[dict[str, Any]], key: str) -> object:
+    """The error that quantize reported; of several experts the root of the mean square."""
+    return sqrt(sum(m[key] ** 2 for m in found) / len(found)) if found else "-"
+
+
+def compare(one: Path | str, other: Path | str) -> Inspection:
+    """Two bases side by side, module by module: formats, true bits, errors with the start and the change from A to B.
+
+    Raises CheckpointError where either is not a base, or where they share no module.
+    """
+    sides = [inspect(one), inspect(other)]
+    for path, side in zip((one, other), sides, strict=True):
+        if side.kind != "base":
+            raise CheckpointError(f"{path} is no base but of kind {side.kind!r}; bases are compared with bases.")
+    rows = [{str(row[0]): dict(zip(side.columns, row, strict=True)) for row in side.rows} for side in sides]
+    names = [name for name in rows[0] if name in rows[1]]
+    if not names:
+        raise CheckpointError(f"{one} and {other} have no packed module in common; they are of different models.")
+    made = []
+    for name in names:
+        a, b = rows[0][name], rows[1][name]
+        errors = (a["with start"], b["with start"])
+        known = all(isinstance(error, float) and error > 0 for error in errors)
+        change = f"{float(str(errors[1])) / float(str(errors[0])) - 1:+.1%}" if known else "-"
+        made.append((name, a["format"], b["format"], a["true bits"], b["true bits"], *errors, change))
+    shared = ("true bits", "true bits with start", "packed weights", "stored bytes", "fingerprint")
+    summary: dict[str, object] = {key: f"{_short(sides[0], key)} | {_short(sides[1], key)}" for key in shared}
+    same = sides[0].summary["source"] == sides[1].summary["source"]
+    summary["source"] = sides[0].summary["source"] if same else "different models"
+    alone = [
+        f"{len(rows[i]) - len(names)} in {path}" for i, path in enumerate((one, other)) if len(rows[i]) > len(names)
+    ]
+    summary["only in one"] = ", ".join(alone) or "nothing"
+    columns = ("module", "format A", "format B", "bits A", "bits B", "error A", "error B", "change")
+    return Inspection("comparison", summary, columns, tuple(made))
+
+
+def _short(side: Inspection, key: str) -> str:
+    value = side.summary[key]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:40]
 
 
 def _packed(path: Path) -> Inspection:

@@ -1,30 +1,36 @@
 """The quantize verb: a model in, a complete packed base out (weights, start, tokenizer, template, card, manifest).
 
-One matrix at a time is replaced in a loaded model, so memory falls as the run goes on. The directory is written beside
-and renamed: an interrupted run leaves nothing under the final name.
+Matrices stream one by one from the source's files into the output's (``stream.py``), in OUT.work until all is there;
+then the directory is renamed. A run that was killed, or that filled the disk, goes on with ``resume`` and ends with the
+same bytes. For that, nothing in the directory tells when or how fast it was made but ``bitloft_times.json``, which the
+manifest does not list.
 """
 
+import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from torch import nn
 
 from bitloft import __version__, card
-from bitloft.checkpoint import fingerprint, weight_files, write_json, write_manifest, writing
-from bitloft.errors import CheckpointError
+from bitloft.checkpoint import copy_companions, fingerprint, weight_files, write_json, write_manifest
+from bitloft.errors import CheckpointError, OptionError
+from bitloft.integrations.skeleton import UNPACKED
 from bitloft.integrations.source import Source, open_source
-from bitloft.integrations.transformers import choose, mark_quantized, quantize_module, register
-from bitloft.modules.linear import QuantLinear, quant_linears
+from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
+from bitloft.shards import INDEX, Slots, lay_out, reserve
+from bitloft.stream import Plan, Progress, make_plan, run
+from bitloft.widths import Widths, choose_widths
 
 REPORT = "bitloft_report.json"
-
-# called with (done, total, module name) after each matrix
-Progress = Callable[[int, int, str], None]
+TIMES = "bitloft_times.json"
+SHARD = "50GB"  # as transformers saves: a base that is loaded and saved again keeps its bytes
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,25 @@ class MatrixReport:
 
     name: str
     format: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     error_before: float
     error_after: float
     bytes: int
     start_bytes: int
     seconds: float
 
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What ``quantize`` did. Bytes are those of stored tensors; ``true_bits`` are per weight of the packed matrices."""
+    """What ``quantize`` did. Bytes are those of stored tensors; ``true_bits`` are per weight of the packed matrices.
+
+    ``resumed`` counts the matrices that an earlier, interrupted run had finished; ``seconds`` are this run's.
+    ``widths`` is what ``target_bits`` came to.
+    """
 
     out: str
     source: str
@@ -56,10 +70,13 @@ class QuantizeReport:
     source_bytes: int
     stored_bytes: int
     seconds: float
+    selection: str = "by the model class"
+    resumed: int = 0
+    widths: Widths | None = None
 
     @property
     def weights(self) -> int:
-        return sum(m.shape[0] * m.shape[1] for m in self.matrices)
+        return sum(m.weights for m in self.matrices)
 
     @property
     def true_bits(self) -> float:
@@ -72,7 +89,19 @@ class QuantizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         totals = {"true_bits": self.true_bits, "true_bits_with_start": self.true_bits_with_start}
-        return asdict(self) | {"weights": self.weights} | totals
+        found = asdict(self) | {"weights": self.weights} | totals
+        for row, matrix in zip(found["matrices"], self.matrices, strict=True):
+            row["true_bits"] = 8 * matrix.bytes / matrix.weights
+        return found
+
+    def lasting(self) -> dict[str, Any]:
+        """The part that depends on source and settings alone: what is written beside the weights."""
+        found = self.to_dict()
+        for key in ("out", "seconds", "resumed"):
+            del found[key]
+        for row in found["matrices"]:
+            del row["seconds"]
+        return found
 
 
 def quantize(
@@ -81,100 +110,149 @@ def quantize(
     options: QuantizeOptions | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    jobs: int = 1,
+    threads: int = 1,
+    shard_size: str = SHARD,
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeReport:
     """Quantize ``model`` (hub name, safetensors folder or GGUF file) into the directory ``out``.
 
-    Settings are the fields of QuantizeOptions: ``quantize("m", "out", format="lm2:64", rank=16)``. Raises OptionError
-    for options that do not exist or fit, CheckpointError for a source that is missing, unsafe or damaged.
+    Settings are the fields of QuantizeOptions: ``quantize("m", "out", format="lm2:64", rank=16)``. ``jobs`` processes
+    work on matrices of their own with ``threads`` threads each: jobs do not change the bytes, threads may, in the last
+    digit of an error. (Processes are spawned: a script that asks for jobs needs ``if __name__ == "__main__":``.)
+    ``resume`` goes on where an interrupted run of the same settings stopped. Raises OptionError for options that do
+    not exist or fit, CheckpointError for a source that is missing, unsafe or damaged, and for a full disk.
     """
     options = options or QuantizeOptions(**settings)
-    began = time.perf_counter()
-    register()
-    with writing(out, overwrite=overwrite) as directory, torch.no_grad():
-        source = open_source(str(model))
-        dense = source.load()
-        source_bytes = sum(t.numel() * t.element_size() for t in _stored_tensors(dense))
-        selection = choose(dense, options)
-        matrices = _solve_all(dense, selection.chosen, options, progress)
-        mark_quantized(dense, options, dict.fromkeys(selection.chosen, options.format))
-        _save(dense, source, directory)
-        embedding, other = _unpacked_bytes(dense)
-        report = QuantizeReport(
-            out=str(out),
-            source=source.name,
-            fingerprint=fingerprint(weight_files(directory)),
-            matrices=tuple(matrices),
-            left=selection.left,
-            ignored=source.ignored,
-            embedding_bytes=embedding,
-            other_bytes=other,
-            source_bytes=source_bytes,
-            stored_bytes=sum(f.stat().st_size for f in weight_files(directory)),
-            seconds=time.perf_counter() - began,
-        )
-        write_json(directory / REPORT, report.to_dict())
-        (directory / "README.md").write_text(card.of_base(report, options), encoding="utf-8")
-        record = {"fingerprint": report.fingerprint, "source": source.fingerprint(), "bitloft_version": __version__}
+    limit, began = _bytes(shard_size), time.perf_counter()
+    _check_run(str(model), jobs, threads)
+    check_free(out, overwrite=overwrite, resume=resume)
+    source = open_source(str(model))
+    options, widths = choose_widths(source, options, progress)
+    plan = make_plan(source, options)
+    tokenizer = source.tokenizer if plan.skeleton.known else None
+    made_of = source.fingerprint()
+    identity = _identity(made_of, options, threads, limit)
+    with working(out, identity, overwrite=overwrite, resume=resume) as journal:
+        directory = journal.directory
+        slots = lay_out(directory, plan.outputs, limit)
+        resumed = _prepare(slots, journal)
+        run(source, options, plan, slots, journal, jobs=jobs, threads=threads, progress=progress)
+        if slots.index is not None:
+            write_json(directory / INDEX, slots.index)
+        _save_settings(plan, source, tokenizer, directory)
+        report = _report(str(out), source, plan, journal, directory)
+        report = replace(report, resumed=resumed, widths=widths, seconds=time.perf_counter() - began)
+        write_json(directory / REPORT, report.lasting())
+        text = card.of_base(replace(report, out=Path(out).name), options)
+        (directory / "README.md").write_text(text, encoding="utf-8")
+        (directory / TIMES).unlink(missing_ok=True)
+        record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
         write_manifest(directory, "base", record)
+        times = {matrix.name: matrix.seconds for matrix in report.matrices}
+        write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times})
     return report
 
 
-def _solve_all(
-    model: PreTrainedModel, names: tuple[str, ...], options: QuantizeOptions, progress: Progress | None
-) -> list[MatrixReport]:
-    reports = []
-    for done, name in enumerate(names, start=1):
-        began = time.perf_counter()
-        solution = quantize_module(model, name, options)
-        start = solution.start
-        reports.append(
-            MatrixReport(
-                name=name,
-                format=options.format,
-                shape=(solution.weight.shape[0], solution.weight.shape[1]),
-                error_before=solution.error_before,
-                error_after=solution.error_after,
-                bytes=solution.weight.nbytes,
-                start_bytes=0 if start is None else start.a.nbytes + start.bt.nbytes,
-                seconds=time.perf_counter() - began,
-            )
-        )
-        if progress is not None:
-            progress(done, len(names), name)
-    return reports
+def _check_run(model: str, jobs: int, threads: int) -> None:
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value < 1:
+            raise OptionError(f"{name} is {value}; use 1 or more.")
+    if jobs > 1 and model.endswith(".gguf"):
+        raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
 
 
-def _save(model: PreTrainedModel, source: Source, directory: Path) -> None:
-    """Weights, config, generation config and tokenizer, through transformers' own save_pretrained."""
-    try:
-        model.save_pretrained(directory)
-    except OSError:
-        raise
-    except Exception as error:  # safetensors reports a full disk as its own error type
-        if "os error" in str(error).lower() or "I/O" in str(error):
-            raise CheckpointError(f"cannot write the packed weights: {error}; nothing was left there.") from error
-        raise
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(directory)
+def _bytes(size: str) -> int:
+    """``5GB``, ``200MB`` or ``64kB`` as a number of bytes, in powers of 1,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|b)", size.strip().lower())
+    count = int(float(match[1]) * {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise OptionError(f"shard_size is {size!r}; use a size such as 5GB or 200MB.")
+    return count
 
 
-def _stored_tensors(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Parameters that a file holds: tied ones once."""
-    return [p.data for p in model.parameters()]
+def _identity(source: str, options: QuantizeOptions, threads: int, limit: int) -> dict[str, Any]:
+    """Everything that decides the bytes: an interrupted run that is continued must agree in it."""
+    return {
+        **asdict(options),
+        "source": source,
+        "threads": threads,
+        "shard_size": limit,
+        "bitloft": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
-def _unpacked_bytes(model: PreTrainedModel) -> tuple[int, int]:
+def _prepare(slots: Slots, journal: Journal) -> int:
+    """Make the output's files, or find those of the interrupted run; how many matrices are in them."""
+    for name, (_, size) in slots.files.items() if journal.done else ():
+        file = journal.directory / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"the interrupted run lost its file {file}; remove its directory to begin anew.")
+    reserve(journal.directory, slots)
+    return sum(len(record.get("matrices", ())) for record in journal.done.values())
+
+
+def _save_settings(plan: Plan, source: Source, tokenizer: Any, directory: Path) -> None:
+    """Config, generation config and tokenizer, as transformers saves them; of an unknown architecture as they are."""
+    model, settings = plan.skeleton.model, plan.quantizer.quantization_config
+    if plan.skeleton.known:
+        model.config.quantization_config = settings
+        floats = (spec.dtype for spec in plan.skeleton.dense().values() if spec.dtype in _DTYPES)
+        model.config.dtype = model.config.dtype or _DTYPES[next(floats, "F32")]
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        return
+    write_json(directory / "config.json", source.config() | {"quantization_config": settings.to_dict()})
+    copy_companions(Path(source.folder), directory)
+
+
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def _report(out: str, source: Source, plan: Plan, journal: Journal, directory: Path) -> QuantizeReport:
+    rows = []
+    for name in plan.steps:
+        record = journal.done[name]
+        share = record["seconds"] / len(record["matrices"])
+        rows += [MatrixReport(**row | {"shape": tuple(row["shape"])}, seconds=share) for row in record["matrices"]]
+    embedding, other = _unpacked_bytes(plan)
+    read = {name for reading in plan.skeleton.readings for name in reading.sources}
+    return QuantizeReport(
+        out=out,
+        source=source.name,
+        fingerprint=fingerprint(weight_files(directory)),
+        matrices=tuple(rows),
+        left=plan.left,
+        ignored=source.ignored,
+        embedding_bytes=embedding,
+        other_bytes=other,
+        source_bytes=sum(plan.skeleton.tensors[name].spec.nbytes for name in read),
+        stored_bytes=sum(f.stat().st_size for f in weight_files(directory)),
+        seconds=0.0,
+        selection="by the model class" if plan.skeleton.known else "by names and shapes: no class is known",
+    )
+
+
+def _unpacked_bytes(plan: Plan) -> tuple[int, int]:
     """Bytes of embeddings (input, and head where it is not tied) and of everything else that is not packed."""
-    packed = {id(t) for layer in quant_linears(model).values() for t in (layer.weight, *layer.buffers())}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None and not isinstance(head, QuantLinear):
-        tables.add(id(head.weight))
+    model = plan.skeleton.model
+    head = model.get_output_embeddings() if plan.skeleton.known else None
+    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or (head is not None and m is head)}
+    packed = {output for matrix in plan.matrices for output in matrix.outputs}
     embedding = other = 0
-    for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
-        embedding += size if id(parameter) in tables else 0
-        other += 0 if id(parameter) in tables or id(parameter) in packed else size
+    for name, spec in plan.outputs.items():
+        module, _, leaf = name.rpartition(".")
+        table = module in tables if plan.skeleton.known else bool(UNPACKED.search(name)) and len(spec.shape) == 2
+        if name not in packed:
+            embedding += spec.nbytes if table and leaf == "weight" else 0
+            other += 0 if table and leaf == "weight" else spec.nbytes
     return embedding, other

@@ -51,6 +51,12 @@ def _quantization_config(directory: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def stored_dtype(directory: Path | str) -> torch.dtype:
+    """The dtype that a model folder's config gives for what is not packed; float32 where it names none."""
+    dtype = getattr(torch, str(read_json(Path(directory) / "config.json").get("dtype")), torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load(
     directory: Path | str,
     *,

@@ -12,7 +12,6 @@ disk is relative to the base with its start. The alternative, saving A and B who
 
 import copy
 import warnings
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
@@ -22,14 +21,18 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitloft.checkpoint import write_json, write_tensors
 from bitloft.errors import AdapterError, OptionError
+from bitloft.integrations.lora_layers import ExpertsLora, TableLora, refuse_variants
+from bitloft.integrations.qalora import PooledVariant, is_pooled, merge_adapter
+from bitloft.modules.embedding import QuantEmbedding
+from bitloft.modules.experts import QuantExperts
 from bitloft.modules.linear import QuantLinear, quant_linears
 
-INITS = (True, False, "gaussian")  # the ways to begin that do not read the weight
 RECORD = "bitloft_adapter.json"
 _PREFIX = "base_model.model."
 
@@ -42,26 +45,25 @@ class QuantLora(LoraLinear):
         refuse_variants(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> PooledVariant | None:
+        return PooledVariant() if config.use_qalora else None
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise AdapterError(
-            f"an adapter cannot be merged into {self.get_base_layer().format} codes: rounding would lose it. Keep it "
-            "beside the base, or pack it with `bitloft compress`; both are served without a merge."
-        )
+        """Merge pooled adapters (QA-LoRA) into the shifts. Raises AdapterError for any other kind."""
+        chosen = check_adapters_to_merge(self, adapter_names)
+        if not all(is_pooled(self, name) for name in chosen):
+            raise AdapterError(
+                f"an adapter cannot be merged into {self.get_base_layer().format} codes: rounding would lose it. Keep "
+                "it beside the base, or pack it with `bitloft compress`; both are served without a merge."
+            )
+        for name in chosen:
+            merge_adapter(self, name)
+            self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
+        if self.merged:
+            raise AdapterError("a merge into packed shifts was rounded and cannot be undone; load the base again.")
         raise AdapterError("nothing is merged into a packed weight, so there is nothing to unmerge.")
-
-
-def refuse_variants(config: LoraConfig) -> None:
-    """Raise AdapterError, by name, unless ``config`` is plain LoRA (rslora, patterns and biases included)."""
-    found = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
-    if config.init_lora_weights not in INITS:
-        found.append(f"init_lora_weights={config.init_lora_weights!r}")
-    if found:
-        raise AdapterError(
-            f"{found[0]} needs a dense weight and does not work on packed ones; use plain LoRA "
-            "(init_lora_weights=True)."
-        )
 
 
 def register() -> None:
@@ -73,7 +75,7 @@ def register() -> None:
     @wraps(original)
     def with_quant_lora(self: LoraConfig) -> None:
         original(self)
-        self._register_custom_module({QuantLinear: QuantLora})
+        self._register_custom_module({QuantLinear: QuantLora, QuantEmbedding: TableLora, QuantExperts: ExpertsLora})
 
     with_quant_lora.knows_bitloft = True  # type: ignore[attr-defined]
     LoraConfig.__post_init__ = with_quant_lora

@@ -4,8 +4,9 @@ The config lists every packed module with its format, so loading never guesses: 
 the meta device, then tensors load by name. Quantizing on load goes through the same ``solve`` as the quantize verb.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -24,9 +25,19 @@ from bitloft import __version__
 from bitloft.errors import CheckpointError
 from bitloft.formats import Format
 from bitloft.integrations.loading import base_record, load, load_tokenizer
-from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
-from bitloft.modules.select import Selection, select_linears
+from bitloft.integrations.packing import (
+    forget_conversions,
+    local_name,
+    matrices_of,
+    pack,
+    packed_at,
+    unpack,
+    weights_in,
+)
+from bitloft.modules.parts import stored_tensors
+from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions
+from bitloft.rules import ModulePlan, StoredModule, resolve
 from bitloft.solvers import Solution, solve
 
 __all__ = ["BitloftConfig", "BitloftQuantizer", "base_record", "load", "load_tokenizer", "register"]
@@ -36,7 +47,8 @@ SCHEMA = 1
 
 
 class BitloftConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a bitloft base: how it was quantized, and ``modules``: path -> format of each layer.
+    """``quantization_config`` of a bitloft base: how it was quantized, and ``modules``: path -> what is stored of it
+    (``rules.StoredModule``: the format as a text, or a dict where more differs from the options).
 
     Without ``modules`` (quantize on load) the options choose them. Unknown options raise TypeError; another schema
     raises CheckpointError.
@@ -46,7 +58,7 @@ class BitloftConfig(QuantizationConfigMixin):
         self,
         options: QuantizeOptions | Mapping[str, Any] | None = None,
         *,
-        modules: Mapping[str, str] | None = None,
+        modules: Mapping[str, Any] | None = None,
         schema: int = SCHEMA,
         bitloft_version: str = __version__,
         quant_method: str = METHOD,
@@ -55,15 +67,21 @@ class BitloftConfig(QuantizationConfigMixin):
         if schema != SCHEMA:
             raise CheckpointError(f"this base has schema {schema}; bitloft {__version__} reads schema {SCHEMA}.")
         known = {f.name for f in fields(QuantizeOptions)}
-        given = dict(asdict(options) if isinstance(options, QuantizeOptions) else options or {}) | kwargs
+        own = asdict(options) if isinstance(options, QuantizeOptions) else options
+        given = dict(own or {}) | kwargs
         unknown = set(given) - known
         if unknown:
             raise CheckpointError(f"quantization_config holds the unknown option {sorted(unknown)[0]!r}.")
         self.quant_method = METHOD
         self.bitloft_version = bitloft_version
-        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        self.options = QuantizeOptions(**chosen)
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        self.options = QuantizeOptions(**settings)
         self.modules = None if modules is None else dict(modules)
+        self.stored()
+
+    def stored(self) -> dict[str, StoredModule]:
+        """What each packed module holds. Raises CheckpointError for an entry that cannot be read."""
+        return {name: StoredModule.read(entry, self.options, name) for name, entry in (self.modules or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -79,7 +97,8 @@ class BitloftConfig(QuantizationConfigMixin):
 
 
 class BitloftQuantizer(HfQuantizer):
-    """Builds the skeleton, quantizes on load, saves. ``solutions`` holds the errors found while quantizing on load."""
+    """Builds the skeleton, quantizes on load, saves. ``errors`` holds (before, after) of every matrix that it solved,
+    ``left`` the reasons for what it left alone."""
 
     requires_calibration = False
     quantization_config: BitloftConfig
@@ -87,19 +106,31 @@ class BitloftQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitloftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: dict[str, tuple[float, float]] = {}
+        self.left: dict[str, str] = {}
+        self.plans: dict[str, ModulePlan] = {}
+        self.tables: dict[str, str] = {}  # digests of the tables solved so far
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
-        if config.modules is None:
-            config.modules = dict.fromkeys(choose(model, config.options).chosen, config.options.format)
-        for name, spelling in config.modules.items():
-            local = _local_name(model, name)
+        if config.modules is None or not self.pre_quantized:
+            selection = select_modules(model, config.options, weights_in(model, checkpoint_files))
+            self.left = selection.left
+            self.plans = resolve(tuple(selection.chosen), config.options)
+            # a config of its own: the caller may quantize other models by the same one
+            config = BitloftConfig(config.options, modules=entries(self.plans, config.options, selection.chosen))
+            self.quantization_config = config
+        for name, stored in config.stored().items():
+            local = local_name(model, name, stored.kind)
             if local is not None:
-                _make_skeleton(model, local, spelling, config.options)
+                pack(model, local, stored)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        forget_conversions(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module), QuantLinear)
+        return not self.pre_quantized and packed_at(model, param_name) is not None
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -116,17 +147,12 @@ class BitloftQuantizer(HfQuantizer):
         return Format.parse(self.quantization_config.options.format).bits / 8
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, layer in quant_linears(model).items():
-            with torch.device("meta"):
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            dense.weight = nn.Parameter(layer.dense().to(dtype or torch.float32))
-            dense.bias = layer.bias
-            replace_module(model, name, dense)
+        unpack(model, dtype or torch.float32)
         return model
 
 
 class _Quantize(ConversionOps):
-    """Turns one dense weight, as it is read, into the parts of its QuantLinear."""
+    """Turns one dense weight, as it is read, into the parts of its packed module."""
 
     def __init__(self, quantizer: BitloftQuantizer) -> None:
         self.quantizer = quantizer
@@ -138,82 +164,43 @@ class _Quantize(ConversionOps):
             raise CheckpointError("transformers gave no model to quantize into; this transformers version is unknown.")
         result: dict[str, Tensor] = {}
         for key, value in input_dict.items():
-            name = key.removesuffix(".weight")
             weight = value[0] if isinstance(value, list) else value
-            layer = model.get_submodule(name)
-            if not isinstance(layer, QuantLinear):
-                raise CheckpointError(f"{name} was chosen for quantization but is a {type(layer).__name__}.")
-            solution = solve(name, weight, self.quantizer.quantization_config.options)
-            self.quantizer.errors[name] = (solution.error_before, solution.error_after)
-            parts = {f"{name}.{part}": tensor for part, tensor in layer.tensors_of(solution).items()}
+            at = packed_at(model, key)
+            if at is None:
+                raise CheckpointError(f"{key} was chosen for quantization but is not packed.")
+            if self._seen(*at, weight):
+                continue
+            solutions = self._solve(model, *at, weight)
+            parts = stored_tensors(*at, solutions)
             for part in parts if missing_keys is not None else ():
                 missing_keys.discard(part)
             result |= parts
         return result
 
+    def _solve(self, model: nn.Module, name: str, kind: str, weight: Tensor) -> list[Solution]:
+        quantizer, solutions = self.quantizer, []
+        for matrix, values in matrices_of(model, name, kind, weight):
+            solution = solve(matrix, values, quantizer.plans[name], quantizer.quantization_config.options)
+            quantizer.errors[matrix] = (solution.error_before, solution.error_after)
+            solutions.append(solution)
+        return solutions
 
-def choose(model: PreTrainedModel, options: QuantizeOptions) -> Selection:
-    """The linears of a model that the options quantize: all but the output head, unless patterns say otherwise."""
-    head = model.get_output_embeddings()
-    heads = [name for name, module in model.named_modules() if head is not None and module is head]
-    return select_linears(model, options.target, options.skip, heads)
-
-
-def quantize_module(model: PreTrainedModel, name: str, options: QuantizeOptions) -> Solution:
-    """Replace one dense linear of a loaded model by its packed form; returns the solution for the report."""
-    dense = model.get_submodule(name)
-    if not isinstance(dense, nn.Linear):
-        raise CheckpointError(f"{name} was chosen for quantization but is a {type(dense).__name__}.")
-    solution = solve(name, dense.weight.data, options)
-    layer = _quant_linear(dense, options.format, options)
-    layer.load_solution(solution)
-    replace_module(model, name, layer)
-    return solution
-
-
-def mark_quantized(model: PreTrainedModel, options: QuantizeOptions, modules: Mapping[str, str]) -> None:
-    """Give a model that was quantized in place the config and quantizer that a loaded one has."""
-    config = BitloftConfig(options, modules=modules)
-    model.config.quantization_config = config
-    model.hf_quantizer = BitloftQuantizer(config, pre_quantized=True)
-    model.quantization_method = METHOD
-    model.is_quantized = True
+    def _seen(self, name: str, kind: str, weight: Tensor) -> bool:
+        """True for a table that came before under another of its names; it is one matrix, and must be."""
+        if kind != "embedding":
+            return False
+        digest = sha256(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+        if self.quantizer.tables.setdefault(name, digest) != digest:
+            raise CheckpointError(
+                f"the checkpoint holds two tables for {name}, which this model ties, and they differ; "
+                "set tie_word_embeddings to false in its config."
+            )
+        return name in self.quantizer.errors
 
 
-def _quant_linear(dense: nn.Linear, spelling: str, options: QuantizeOptions) -> QuantLinear:
-    return QuantLinear(
-        dense.in_features,
-        dense.out_features,
-        Format.parse(spelling),
-        bias=None if dense.bias is None else dense.bias.data,
-        rank=options.start_rank,
-        scaling=options.scaling,
-        start_format=Format.parse(options.start_format),
-        device=dense.weight.device,
-    )
-
-
-def _make_skeleton(model: PreTrainedModel, name: str, spelling: str, options: QuantizeOptions) -> None:
-    dense = model.get_submodule(name)
-    if not isinstance(dense, nn.Linear):
-        raise CheckpointError(f"the config packs {name}, but in this model class that is a {type(dense).__name__}.")
-    with torch.device("meta"):
-        replace_module(model, name, _quant_linear(dense, spelling, options))
-
-
-def _local_name(model: PreTrainedModel, name: str) -> str | None:
-    """The path of a listed module in this class: a headless class lacks the ``model.`` prefix, another may add it.
-
-    None where this class has no such module at all, such as a head that a headless class drops.
-    """
-    prefix = f"{model.base_model_prefix}."
-    for local in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            model.get_submodule(local)
-        except AttributeError:
-            continue
-        return local
-    return None
+def entries(plans: Mapping[str, ModulePlan], options: QuantizeOptions, kinds: Mapping[str, str]) -> dict[str, Any]:
+    """``quantization_config.modules`` of modules that are quantized by these plans, each of its kind."""
+    return {name: StoredModule.of(plan, options, kinds[name]).entry(options) for name, plan in plans.items()}
 
 
 def register() -> None:

@@ -13,15 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitloft.formats import Format, layout
+from bitloft.formats import Format
 from bitloft.kernels import ops
-from bitloft.packed import DTYPES, PackedTensor
+from bitloft.modules.parts import allocate, held, load_tensors, solution_tensors
+from bitloft.packed import PackedTensor
 from bitloft.solvers.base import Solution
-
-# names of the module tensors that hold each part of the weight and of the start's factors
-_WEIGHT = {"codes": "weight", "scales": "weight_scales", "exponent": "weight_exponent", "zeros": "weight_zeros"}
-_A0 = {"codes": "a0", "scales": "a0_scales", "exponent": "a0_exponent", "zeros": "a0_zeros"}
-_B0 = {"codes": "b0", "scales": "b0_scales", "exponent": "b0_exponent", "zeros": "b0_zeros"}
 
 
 class QuantLinear(nn.Linear):
@@ -48,36 +44,23 @@ class QuantLinear(nn.Linear):
         self.format, self.rank, self.scaling = format, rank, scaling
         self.start_format = start_format if rank else None
         self.start_enabled = True
-        self._hold((out_features, in_features), format, _WEIGHT, device)
+        allocate(self, "weight", (out_features, in_features), format, device, parameter=True)
         if self.start_format is not None:
-            self._hold((rank, in_features), self.start_format, _A0, device)
-            self._hold((rank, out_features), self.start_format, _B0, device)
+            allocate(self, "a0", (rank, in_features), self.start_format, device)
+            allocate(self, "b0", (rank, out_features), self.start_format, device)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    def _hold(self, shape: tuple[int, ...], fmt: Format, names: dict[str, str], device: Any) -> None:
-        """Allocate the parts of one packed tensor."""
-        for part, (dtype, size) in layout(shape, fmt).items():
-            empty = torch.zeros(size, dtype=DTYPES[dtype], device=device)
-            if names[part] == "weight":
-                self.weight = nn.Parameter(empty, requires_grad=False)
-            else:
-                self.register_buffer(names[part], empty)
-
-    def _parts(self, shape: tuple[int, ...], fmt: Format, names: dict[str, str]) -> PackedTensor:
-        held = {part: getattr(self, names[part]) for part in layout(shape, fmt)}
-        return PackedTensor(fmt, shape, held["codes"].data, held["scales"], held["exponent"], held.get("zeros"))
 
     def packed_weight(self) -> PackedTensor:
         """The weight [out, in] as stored; shares memory with the module."""
-        return self._parts((self.out_features, self.in_features), self.format, _WEIGHT)
+        return held(self, "weight", (self.out_features, self.in_features), self.format)
 
     def packed_start(self) -> tuple[PackedTensor, PackedTensor] | None:
         """A0 [rank, in] and B0^T [rank, out] as stored, or None without a start."""
         if self.start_format is None:
             return None
         return (
-            self._parts((self.rank, self.in_features), self.start_format, _A0),
-            self._parts((self.rank, self.out_features), self.start_format, _B0),
+            held(self, "a0", (self.rank, self.in_features), self.start_format),
+            held(self, "b0", (self.rank, self.out_features), self.start_format),
         )
 
     def start_a(self) -> Float[Tensor, "rank columns"]:
@@ -98,11 +81,9 @@ class QuantLinear(nn.Linear):
         return weight
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        x = _autocast(input)
-        y: Tensor = _PackedLinear.apply(x, self.packed_weight())  # type: ignore[no-untyped-call]
-        start = self.packed_start() if self.start_enabled else None
-        if start is not None:
-            y = y + self.scaling * ((x @ ops.decode(start[0], x.dtype).T) @ ops.decode(start[1], x.dtype))
+        y = packed_product(
+            input, self.packed_weight(), self.packed_start() if self.start_enabled else None, self.scaling
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -111,19 +92,34 @@ class QuantLinear(nn.Linear):
 
     def tensors_of(self, solution: Solution) -> dict[str, Tensor]:
         """The module tensors, by name, that hold a solution of this layer's shape and formats."""
-        tensors = {_WEIGHT[part]: t for part, t in solution.weight.tensors().items()}
-        if solution.start is not None:
-            tensors |= {_A0[part]: t for part, t in solution.start.a.tensors().items()}
-            tensors |= {_B0[part]: t for part, t in solution.start.bt.tensors().items()}
-        return tensors
+        return solution_tensors(solution, "weight", "a0", "b0")
 
     def load_solution(self, solution: Solution) -> None:
         """Take over a solver's result."""
-        for name, tensor in self.tensors_of(solution).items():
-            if name == "weight":
-                self.weight = nn.Parameter(tensor, requires_grad=False)
-            else:
-                self.register_buffer(name, tensor)
+        load_tensors(self, self.tensors_of(solution))
+
+
+class QuantConv1D(QuantLinear):
+    """What a transformers ``Conv1D`` (GPT-2's linear, weight [in, out]) becomes: a QuantLinear [out, in].
+
+    The matrix is transposed once, while it is quantized: groups and start then lie along the input axis as in any other
+    linear, and kernels, banks and PEFT see nothing new (``fan_in_fan_out`` is about a dense weight's orientation;
+    adapters have the same shapes either way). The class only remembers what to turn back into.
+    """
+
+
+def packed_product(
+    x: Float[Tensor, "*batch columns"],
+    weight: PackedTensor,
+    start: tuple[PackedTensor, PackedTensor] | None,
+    scaling: float,
+) -> Float[Tensor, "*batch rows"]:
+    """x W^T + scaling * (x A0^T) B0^T in the dtype of ``x`` (under autocast, in autocast's); ``start`` is A0, B0^T."""
+    x = _autocast(x)
+    y: Tensor = _PackedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    if start is not None:
+        y = y + scaling * ((x @ ops.decode(start[0], x.dtype).T) @ ops.decode(start[1], x.dtype))
+    return y
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -6,37 +6,52 @@ from torch import Tensor
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.formats import Format
 from bitloft.options import QuantizeOptions
+from bitloft.rules import ModulePlan
 from bitloft.solvers.base import Solution
 from bitloft.solvers.loftq import loftq
 from bitloft.solvers.lowrank import generator_for
+from bitloft.solvers.qalora import qalora
 from bitloft.solvers.qlora import qlora
 
-__all__ = ["Solution", "solve"]
+__all__ = ["Solution", "check_rank", "require_finite", "solve"]
 
 
-def solve(name: str, weight: Tensor, options: QuantizeOptions) -> Solution:
-    """Quantize one matrix [out, in] by the solver that the options name; ``name`` seeds it and appears in errors.
-
-    Raises CheckpointError on NaN or infinity, OptionError where the rank exceeds min(out, in).
-    """
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise CheckpointError on NaN or infinity."""
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError(
             f"tensor {name} holds NaN or infinity; the source model is damaged and cannot be quantized."
         )
-    if options.start_rank > min(weight.shape):
+
+
+def check_rank(name: str, shape: tuple[int, ...], plan: ModulePlan) -> None:
+    """Raise OptionError where the rank of a matrix's start exceeds min(out, in)."""
+    if plan.start_rank > min(shape):
         raise OptionError(
-            f"rank {options.rank} exceeds min(m, n) = {min(weight.shape)} of {name} {tuple(weight.shape)}; "
-            "use a smaller rank or skip this module."
+            f"rank {plan.rank} exceeds min(m, n) = {min(shape)} of {name} {shape}; "
+            "use a smaller rank (for this module alone: rank_for) or skip this module."
         )
-    matrix, fmt = weight.detach().float(), Format.parse(options.format)
-    if not options.start_rank:
+
+
+def solve(name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions) -> Solution:
+    """Quantize one matrix [out, in] by the solver, format, rank and scaling of its ``plan``; ``options`` give the rest.
+
+    ``name`` seeds the SVD and appears in errors. Raises CheckpointError on NaN or infinity, OptionError where the rank
+    exceeds min(out, in).
+    """
+    require_finite(name, weight)
+    check_rank(name, tuple(weight.shape), plan)
+    matrix, fmt = weight.detach().float(), Format.parse(plan.format)
+    if plan.solver == "qalora":
+        return qalora(matrix, fmt)
+    if not plan.start_rank:
         return qlora(matrix, fmt)
     return loftq(
         matrix,
         fmt,
-        rank=options.rank,
-        scaling=options.scaling,
+        rank=plan.start_rank,
+        scaling=plan.scaling,
         start_format=Format.parse(options.start_format),
-        steps=options.steps,
+        steps=None if options.steps == "auto" else int(options.steps),
         generator=generator_for(options.seed, name),
     )

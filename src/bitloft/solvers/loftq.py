@@ -17,6 +17,10 @@ from bitloft.kernels.ops import decode, encode
 from bitloft.solvers.base import Solution, pack_start, relative
 from bitloft.solvers.lowrank import balanced_factors, truncated_svd
 
+# `auto` steps: the error falls by about 2 % a step at first; below a thousandth a step costs more than it repairs.
+SETTLED = 1e-3
+MOST = 20
+
 
 def loftq(
     weight: Float[Tensor, "rows columns"],
@@ -25,18 +29,19 @@ def loftq(
     rank: int,
     scaling: float,
     start_format: Format,
-    steps: int,
+    steps: int | None,
     generator: torch.Generator,
 ) -> Solution:
     """Q, A, B of least ``|W - Q - s*B*A|`` over ``steps`` alternations. ``weight`` is float32.
 
+    ``steps`` None goes on while a step lowers the best error by more than SETTLED of it, MOST steps at most.
     Raises OptionError where the rank exceeds min(rows, columns).
     """
     if rank > min(weight.shape):
         raise OptionError(f"rank {rank} exceeds min(m, n) = {min(weight.shape)} of a {tuple(weight.shape)} matrix.")
     best: Solution | None = None
     before, repair, warm = 0.0, torch.zeros_like(weight), None
-    for step in range(steps):
+    for step in range(MOST if steps is None else steps):
         packed = encode(weight - repair, fmt)
         residual = weight - decode(packed)
         if step == 0:
@@ -44,7 +49,11 @@ def loftq(
         u, s, vt = truncated_svd(residual, rank, generator, start=warm)
         start = pack_start(*balanced_factors(u, s, vt, scaling), scaling, start_format)
         repair, warm = start.product(), vt.T
-        best = _better(best, Solution(packed, start, before, relative(residual - repair, weight)))
+        found = Solution(packed, start, before, relative(residual - repair, weight))
+        settled = best is not None and found.error_after >= best.error_after * (1 - SETTLED)
+        best = _better(best, found)
+        if steps is None and settled:
+            break
     if best is None:
         raise OptionError(f"LoftQ needs at least one step; steps is {steps}.")
     return best

@@ -1,0 +1,105 @@
+"""What the benchmarks share: --smoke and --quick, the machine beside the figures, cells that survive an interruption.
+
+Every benchmark prints its tables first and one JSON object as its last line: ``bench``, ``mode``, ``shape``,
+``threads``, ``machine`` and the claim's own keys. ``--save`` writes the same object to bench/results.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MODES = ("smoke", "quick", "full")
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """--smoke (seconds, toy sizes), --quick (minutes), neither (the claim itself), --threads, --save."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.set_defaults(mode="full")
+    made.add_argument("--smoke", dest="mode", action="store_const", const="smoke", help="toy sizes, seconds")
+    made.add_argument("--quick", dest="mode", action="store_const", const="quick", help="fewer cells or repeats")
+    made.add_argument("--threads", type=int, default=None, help="threads of torch (default: all cores; smoke: one)")
+    made.add_argument("--save", action="store_true", help="write the JSON object to bench/results too")
+    return made
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    """Set torch's threads."""
+    import torch
+
+    torch.set_num_threads(arguments.threads or (1 if arguments.mode == "smoke" else os.cpu_count() or 1))
+
+
+def finish(name: str, arguments: argparse.Namespace, shape: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Print the last line, and keep it where that was asked for."""
+    import torch
+
+    from bitloft.inspection import machine
+
+    record = {
+        "bench": name,
+        "mode": arguments.mode,
+        "shape": dict(shape),
+        "threads": torch.get_num_threads(),
+        **figures,
+        "machine": machine(),
+    }
+    if arguments.save:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}-{arguments.mode}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record))
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
+    """The best of some runs (what the machine can do, other load aside), and the last result."""
+    best, result = float("inf"), None
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = run()
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under their columns, aligned."""
+    cells = [[_cell(value) for value in row] for row in (columns, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        print("  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Cells:
+    """Measured cells of a grid, one JSON line each in bench/results/cells: a second run measures only what is missing.
+
+    A cell is known by its key; ``path`` None keeps nothing. A line that an interruption cut off is measured again.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[str, dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
+            try:
+                cell = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            self._known[json.dumps(cell["key"], sort_keys=True)] = cell
+
+    def get(self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The figures of a cell: as kept, or measured and kept."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self._known:
+            self._known[name] = {"key": dict(key), **measure()}
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # by an interruption
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write("\n" * cut + json.dumps(self._known[name]) + "\n")
+        return self._known[name]

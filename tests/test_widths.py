@@ -1,0 +1,141 @@
+"""target_bits through the quantize verb: inside the budget, better than one width, checked on text, refused by name."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bitloft import widths
+from bitloft.errors import CheckpointError, OptionError
+from bitloft.formats import Format
+from bitloft.integrations import register
+from bitloft.integrations.source import open_source
+from bitloft.modules.linear import quant_linears
+from bitloft.options import QuantizeOptions
+from bitloft.quantize import quantize
+from bitloft.rules import resolve
+from tests.helpers import WORDS, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose second layer is ten times louder than its first."""
+    folder = tiny_llama(tmp_path_factory.mktemp("uneven"), layers=4)
+    tensors = load_file(folder / "model.safetensors")
+    loud = {k: v * 10 if ".layers.1." in k and v.ndim == 2 else v for k, v in tensors.items()}
+    save_file(loud, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def squared_error(folder: Path, base: Path) -> float:
+    """|W - Q|^2 over all packed matrices, from the files."""
+    register()
+    original = load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return sum(
+        float((original[f"{name}.weight"].float() - layer.dense()).square().sum())
+        for name, layer in quant_linears(model).items()
+    )
+
+
+def test_the_budget_is_met_and_better_used_than_by_one_width(uneven: Path, tmp_path: Path) -> None:
+    report = quantize(uneven, tmp_path / "base", target_bits=3.5, solver="qlora")
+    assert 0.99 * 3.5 <= report.true_bits <= 3.5
+    assert report.widths is not None
+    assert report.widths.true_bits == pytest.approx(report.true_bits)
+    assert report.widths.uniform == "lm3:64"
+    quantize(uneven, tmp_path / "one", format="lm3:64", solver="qlora")
+    assert squared_error(uneven, tmp_path / "base") == pytest.approx(report.widths.error, rel=1e-3)
+    assert squared_error(uneven, tmp_path / "one") == pytest.approx(report.widths.uniform_error, rel=1e-3)
+    assert report.widths.error < report.widths.uniform_error / 2
+    bits = {m.name: Format.parse(m.format).bits for m in report.matrices}
+    assert all(bits[name] == 4 for name in bits if ".layers.1." in name)
+    written = json.loads((tmp_path / "base" / "bitloft_report.json").read_text())
+    assert written["widths"] == asdict(report.widths)
+
+
+def test_options_of_an_allocation_resolve_to_it() -> None:
+    """Also where one module's path is the end of another's."""
+    formats = {"a.proj": "lm2:64", "b.a.proj": "lm4:64", "c": "lm4:64", "d": "lm4:64", "x.d": "lm3:64"}
+    options = widths._with_formats(QuantizeOptions(), formats)
+    assert {name: plan.format for name, plan in resolve(formats, options).items()} == formats
+    assert options.format == "lm4:64"
+
+
+def test_without_a_target_nothing_happens(uneven: Path) -> None:
+    options = QuantizeOptions()
+    assert widths.choose_widths(open_source(str(uneven)), options) == (options, None)
+
+
+@pytest.mark.parametrize(("better", "kept"), [(True, "allocated"), (False, "uniform")])
+def test_widths_are_kept_only_where_text_says_so(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: bool, kept: str
+) -> None:
+    found = {True: 10.0, False: 12.0}
+    monkeypatch.setattr(widths, "_perplexity", lambda source, options, text: found[bool(options.rules) == better])
+    report = quantize(uneven, tmp_path / "base", target_bits=3.5, check_text="text.txt", rank=2)
+    assert report.widths is not None
+    assert report.widths.kept == kept
+    assert {report.widths.perplexity, report.widths.uniform_perplexity} == {10.0, 12.0}
+    assert (len({m.format for m in report.matrices}) > 1) == better
+
+
+def test_the_perplexity_is_that_of_the_written_base(uneven: Path, tmp_path: Path) -> None:
+    from bitloft.evaluate import evaluate
+
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    report = quantize(uneven, tmp_path / "base", target_bits=3.5, check_text=str(text), rank=4)
+    assert report.widths is not None
+    assert report.widths.perplexity is not None
+    assert report.widths.uniform_perplexity is not None
+    measured = evaluate(tmp_path / "base", text, length=256).perplexity
+    expected = min(report.widths.perplexity, report.widths.uniform_perplexity)
+    assert measured == pytest.approx(expected, rel=1e-4)
+    assert report.widths.perplexity != report.widths.uniform_perplexity
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_bits": 1.5}, r"target_bits 1\.5 is out of reach; these matrices take from 2\."),
+        ({"target_bits": 6.0}, r"target_bits 6\.0 is out of reach"),
+        ({"target_bits": 2.5, "format": "sign:128"}, "sign codes have one only"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused(
+    uneven: Path, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        quantize(uneven, tmp_path / "base", **settings)
+    assert not (tmp_path / "base").exists()
+
+
+def test_models_without_a_perplexity_are_refused_before_any_work(uneven: Path, tmp_path: Path) -> None:
+    source = open_source(str(uneven))
+    (tmp_path / "bert").mkdir()
+    for file in uneven.iterdir():
+        (tmp_path / "bert" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((uneven / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    options = QuantizeOptions(target_bits=3.0, check_text="a.txt")
+    with pytest.raises(OptionError, match="a decoder's perplexity, which BertModel does not have"):
+        widths.choose_widths(open_source(str(tmp_path / "bert")), options)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(OptionError, match="a GGUF file cannot be checked"):
+        widths.choose_widths(open_source(str(tmp_path / "a.gguf")), options)
+    assert source.gguf is None
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "bad")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.mlp\.up_proj holds NaN"):
+        quantize(folder, tmp_path / "base", target_bits=3.0)
