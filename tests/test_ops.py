@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format
-from bitloft.kernels import ops
+from bitloft.kernels import encoding, ops
 from bitloft.kernels.ops import decode, encode, packed_linear, packed_linear_grad_input
 from bitloft.packed import unpack_bits, unpack_scales
 from tests.test_formats import FORMATS
@@ -41,6 +41,50 @@ def test_error_on_gaussian_data_is_the_published_one(spelling: str, expected: fl
     x = torch.randn(512, 1024)
     error = (decode(encode(x, spelling)) - x).square().mean().item()
     assert error == pytest.approx(expected, rel=0.04)
+
+
+def test_one_range_per_tensor_is_loftqs_glue_quantizer() -> None:
+    """Clip to mean +- 2 standard deviations, then even levels between the ends (R-LoftQ glue code, restated)."""
+    x = torch.randn(200, 300) * 0.3 + 0.1
+    low, high = x.mean() - 2 * x.std(correction=0), x.mean() + 2 * x.std(correction=0)
+    expected = low + (high - low) / 3 * ((x.clamp(low, high) - low) / (high - low) * 3).round()
+    found = decode(encode(x, "uniform2:tensor"))
+    assert (found - expected).abs().gt(1e-3).float().mean() < 2e-3  # fp16 ends move a few values over a boundary
+    gauss = torch.randn(512, 1024)
+    assert (decode(encode(gauss, "uniform2:tensor")) - gauss).square().mean().item() == pytest.approx(0.1545, rel=0.02)
+
+
+def test_learned_levels_beat_fixed_ones_on_heavy_tails_and_lose_nothing_on_gauss() -> None:
+    gauss = torch.randn(256, 1024)
+    laplace = torch.distributions.Laplace(0.0, 1.0).sample((256, 1024))
+
+    def error(x: Tensor, spelling: str) -> float:
+        return float((decode(encode(x, spelling)) - x).square().sum() / x.square().sum())
+
+    assert error(laplace, "book2:64") < 0.99 * error(laplace, "lm2:64")
+    assert error(gauss, "book2:64") < 1.01 * error(gauss, "lm2:64")
+    assert error(gauss, "book3:64") < 1.01 * error(gauss, "lm3:64")
+
+
+@pytest.mark.parametrize("plain", ["nf4:64", "lm2:64", "uniform3:64", "book2:64", "sign:64"])
+def test_double_quantization_costs_little_error(plain: str) -> None:
+    x = torch.randn(256, 512) * torch.rand(256, 1).add(0.5)
+    once = (decode(encode(x, plain)) - x).square().sum()
+    twice = (decode(encode(x, plain + "+dq")) - x).square().sum()
+    assert twice < once * 1.02
+
+
+def test_shifts_follow_the_groups() -> None:
+    """Groups of another center each: with a shift the error is that of centered groups."""
+    centers = torch.randn(64, 4, 1).mul(5).expand(-1, -1, 64).reshape(64, 256)
+    x = torch.randn(64, 256)
+    for plain in ("lm2:64", "nf4:64", "sign:64", "book2:64"):
+        moved = (decode(encode(x + centers, plain + "+shift")) - x - centers).square().mean()
+        assert moved < 1.1 * (decode(encode(x, plain)) - x).square().mean(), plain
+        assert moved < 0.5 * (decode(encode(x + centers, plain)) - x - centers).square().mean()
+    y = decode(encode(x + centers, "uniform4:64+shift"))
+    step = (x.view(64, 4, 64).amax(2) - x.view(64, 4, 64).amin(2)) / 15
+    assert bool(((y - x - centers).view(64, 4, 64).abs().amax(2) <= step * 0.52 + 0.02).all())
 
 
 def test_two_bit_scale_is_optimal() -> None:
@@ -88,6 +132,8 @@ def test_padding_does_not_change_values(spelling: str, rows: int, columns: int, 
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     y = decode(encode(x, fmt))
     assert y.shape == x.shape
+    if fmt.has_levels or fmt.dq or fmt.group < 0:  # these share something across groups
+        return
     step = fmt.group_size(columns)
     for start in range(0, columns, step):
         alone = decode(encode(x[:, start : start + step], fmt))
@@ -151,9 +197,8 @@ def test_nothing_that_is_not_finite_is_encoded(bad: float) -> None:
 def test_encoding_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(40, 130)
     for spelling in FORMATS:
-        monkeypatch.setattr(ops, "TILE", 1 << 20)
+        monkeypatch.setattr(encoding, "TILE", 1 << 20)
         whole = encode(x, spelling)
-        monkeypatch.setattr(ops, "TILE", 600)
-        parts = encode(x, spelling)
-        assert torch.equal(whole.codes, parts.codes), spelling
-        assert torch.equal(whole.scales, parts.scales), spelling
+        monkeypatch.setattr(encoding, "TILE", 600)
+        parts = encode(x, spelling).tensors()
+        assert all(torch.equal(part, parts[name]) for name, part in whole.tensors().items()), spelling

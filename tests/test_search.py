@@ -25,7 +25,7 @@ def test_scale_is_near_the_best(spelling: str, slack: float, heavy: bool) -> Non
     fmt = Format.parse(spelling)
     x = torch.randn(200, 64)
     x = x / torch.rand(200, 64).clamp_min(0.05) if heavy else x
-    found = search.codes_and_scales(x, None, fmt)
+    found = search.codes_and_scales(x, None, fmt, fmt.levels)
     values = torch.tensor(fmt.levels)[found.codes.int()] * found.scales
     error = (values - x).square().sum(1)
     assert error.sum() <= grid_error(x, fmt).sum() * slack * (1.03 if heavy else 1)
@@ -37,7 +37,7 @@ def test_masked_columns_do_not_count() -> None:
     mask[:, 40:] = 0
     for spelling in ("lm2:64", "lm3:64", "lm4:64", "sign:64"):
         fmt = Format.parse(spelling)
-        padded = search.codes_and_scales(x * mask, mask, fmt)
-        alone = search.codes_and_scales(x[:, :40].contiguous(), None, Format(fmt.family, fmt.bits, 40))
+        padded = search.codes_and_scales(x * mask, mask, fmt, fmt.levels)
+        alone = search.codes_and_scales(x[:, :40].contiguous(), None, Format(fmt.family, fmt.bits, 40), fmt.levels)
         torch.testing.assert_close(padded.scales, alone.scales)
         assert torch.equal(padded.codes[:, :40], alone.codes)

@@ -6,10 +6,14 @@ One spelling everywhere (Python, CLI, files, reports), and ``Format.parse(str(f)
     lm3:row     symmetric Lloyd-Max, 3 bits, one scale per row
     lm3:unit    the bare levels, no scale stored (a rank-1 product needs only one scale, kept by its other factor)
     uniform2:64 min-max grid with an integer zero point per group
+    uniform2:tensor  one range per tensor, mean +- 2 standard deviations (what LoftQ's own GLUE code does)
+    book2:64    four levels learned per matrix, for heavy tails
     sign:128    one bit, +-1, scale = mean of absolute values
+    +dq         suffix: the scales themselves in 8 bits, with one range per 256 of them (QLoRA's double quantization)
+    +shift      suffix: one fp16 shift per group (QA-LoRA merges into it)
 
-All are ``value = scale * level[code]`` (``uniform``: ``scale * (code - zero)``). This module holds no tensor code:
-it answers what is stored, of which dtype and shape, before any tensor exists.
+All are ``value = scale * level[code] (+ shift)`` (``uniform`` without a shift: ``scale * (code - zero)``). This module
+holds no tensor code: it answers what is stored, of which dtype and shape, before any tensor exists.
 """
 
 import re
@@ -41,10 +45,16 @@ LLOYD_MAX = {
 # group of a Format when it is not a number of values
 ROW = 0  # one scale for the whole row
 UNIT = -1  # no scale at all
+TENSOR = -2  # one scale and one shift for the whole tensor
+_NAMED = {"row": ROW, "unit": UNIT, "tensor": TENSOR}
+DQ_BLOCK = 256  # scales that share one range under +dq
 
-_FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "sign": (1,)}
-_SPELLING = re.compile(r"(nf|lm|uniform|sign)([0-9]*):([0-9]+|row|unit)")
-KNOWN = "nf2..4, lm2..4, uniform2..4 or sign, then ':' and a group (a multiple of 8, 'row' or 'unit'), such as lm2:64"
+_FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "book": (2, 3), "sign": (1,)}
+_SPELLING = re.compile(r"(nf|lm|uniform|book|sign)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
+KNOWN = (
+    "nf2..4, lm2..4, uniform2..4, book2..3 or sign, then ':' and a group (a multiple of 8, 'row', 'unit', or 'tensor' "
+    "for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
+)
 
 
 class Part(NamedTuple):
@@ -63,22 +73,28 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """How numbers are stored. ``group`` is a number of values, ``ROW`` (0) or ``UNIT`` (-1).
+    """How numbers are stored. ``group`` is a number of values, ``ROW`` (0), ``UNIT`` (-1) or ``TENSOR`` (-2).
 
-    Raises FormatError for a family, width or group that does not exist.
+    Raises FormatError for a family, width, group or suffix that does not exist.
     """
 
     family: str
     bits: int
     group: int
+    dq: bool = False
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in _FAMILIES.get(self.family, ()):
             raise FormatError(f"format {self}: no {self.family} code of {self.bits} bits exists; use {KNOWN}.")
         if self.group > 0 and self.group % 8:
             raise FormatError(f"format {self}: the group {self.group} is not a multiple of 8; use {KNOWN}.")
-        if self.group == UNIT and self.family == "uniform":
-            raise FormatError(f"format {self}: a uniform grid needs a scale; use a group or 'row'.")
+        if self.group == UNIT and self.family in ("uniform", "book"):
+            raise FormatError(f"format {self}: a {self.family} code needs a scale; use a group or 'row'.")
+        if self.group == TENSOR and self.family != "uniform":
+            raise FormatError(f"format {self}: only uniform codes take one range per tensor; use a group or 'row'.")
+        if self.group < 0 and (self.dq or self.shift):
+            raise FormatError(f"format {self}: '+dq' and '+shift' need groups; use a group or 'row'.")
 
     @classmethod
     def parse(cls, text: "str | Format") -> "Format":
@@ -88,24 +104,36 @@ class Format:
         match = _SPELLING.fullmatch(text.strip())
         if match is None or (match[1] == "sign") == bool(match[2]):
             raise FormatError(f"unknown format {text!r}; use {KNOWN}.")
-        group = {"row": ROW, "unit": UNIT}.get(match[3]) if match[3] in ("row", "unit") else int(match[3])
-        if group is None or (group == 0 and match[3] != "row"):
+        group = _NAMED[match[3]] if match[3] in _NAMED else int(match[3])
+        if group == 0 and match[3] != "row":
             raise FormatError(f"format {text!r}: a group of 0 values does not exist; use {KNOWN}.")
-        return cls(match[1], int(match[2] or 1), group)
+        return cls(match[1], int(match[2] or 1), group, bool(match[4]), bool(match[5]))
 
     def __str__(self) -> str:
         bits = "" if self.family == "sign" else str(self.bits)
-        return f"{self.family}{bits}:{ {ROW: 'row', UNIT: 'unit'}.get(self.group, self.group) }"
+        group = {value: name for name, value in _NAMED.items()}.get(self.group, self.group)
+        return f"{self.family}{bits}:{group}{'+dq' * self.dq}{'+shift' * self.shift}"
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The level of each code, ascending; 2**bits of them. ``uniform`` has 0, 1, ... before its zero point."""
+        """The level of each code, ascending; 2**bits of them. ``uniform`` has 0, 1, ... before its zero point or shift;
+        ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor."""
         return _levels(self.family, self.bits)
+
+    @property
+    def has_levels(self) -> bool:
+        """True where the levels are stored with the tensor."""
+        return self.family == "book"
+
+    @property
+    def has_shifts(self) -> bool:
+        """True where each group (or the tensor) stores an fp16 shift."""
+        return self.shift or self.group == TENSOR
 
     @property
     def has_zeros(self) -> bool:
         """True where each group stores an integer zero point of ``bits`` bits."""
-        return self.family == "uniform"
+        return self.family == "uniform" and not self.has_shifts
 
     def width(self, columns: int) -> int:
         """Columns after padding: a multiple of the group, and of 8 so that every bit plane fills whole bytes."""
@@ -113,10 +141,10 @@ class Format:
         return -(-columns // unit) * unit
 
     def groups(self, columns: int) -> int:
-        """Scales stored per row of ``columns`` values."""
+        """Scales stored per row of ``columns`` values (TENSOR: per tensor)."""
         if self.group == UNIT:
             return 0
-        return self.width(columns) // self.group if self.group else min(columns, 1)
+        return self.width(columns) // self.group if self.group > 0 else min(columns, 1)
 
     def group_size(self, columns: int) -> int:
         """Values that share one scale in a row of ``columns`` values, padding included."""
@@ -129,7 +157,7 @@ def _levels(family: str, bits: int) -> tuple[float, ...]:
         return (-1.0, 1.0)
     if family == "uniform":
         return tuple(float(i) for i in range(2**bits))
-    if family == "lm":
+    if family in ("lm", "book"):
         half = LLOYD_MAX[bits]
         return tuple(-x for x in reversed(half)) + half
     return NF4_LEVELS if bits == 4 else _normal_float(bits)
@@ -152,9 +180,10 @@ def _normal_float(bits: int) -> tuple[float, ...]:
 def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     """Names, dtypes and shapes of the stored parts of a tensor of ``shape`` in ``fmt``; no data needed.
 
-    ``codes`` int8 [rows, width*bits/8], ``scales`` int16 [rows, groups] (fp16 bit patterns), ``exponent`` int32 []
-    (scales are in units of 2**exponent), and for ``uniform`` ``zeros`` int8 [rows, ceil(groups*bits/8)] (4 bits
-    each where codes take 3).
+    ``codes`` int8 [rows, width*bits/8]; ``scales`` int16 [rows, groups], fp16 bit patterns in units of 2**``exponent``
+    (int32 []). As the format asks: ``zeros`` int8 [rows, ceil(groups*bits/8)] (4 bits each where codes take 3),
+    ``shifts`` int16 like scales, ``levels`` int16 [2**bits] (fp16 patterns); with +dq ``scales`` are int8 codes, and
+    ``scale_low`` and ``scale_step`` int16 [ceil(rows*groups/256)] their ranges. TENSOR has one scale and one shift.
     Raises FormatError for a scalar shape.
     """
     if not shape:
@@ -163,12 +192,20 @@ def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     for n in shape[:-1]:
         rows *= n
     groups = fmt.groups(columns)
+    scaled = (min(rows, 1), groups) if fmt.group == TENSOR else (rows, groups)
     parts = {
         "codes": Part("int8", (rows, fmt.width(columns) * fmt.bits // 8)),
-        "scales": Part("int16", (rows, groups)),
+        "scales": Part("int8" if fmt.dq else "int16", scaled),
         "exponent": Part("int32", ()),
     }
     if fmt.has_zeros:
-        width = 4 if fmt.bits == 3 else fmt.bits  # a zero point never straddles bytes
-        parts["zeros"] = Part("int8", (rows, -(-groups * width // 8)))
+        zero_bits = 4 if fmt.bits == 3 else fmt.bits  # a zero point never straddles bytes
+        parts["zeros"] = Part("int8", (rows, -(-groups * zero_bits // 8)))
+    if fmt.has_shifts:
+        parts["shifts"] = Part("int16", scaled)
+    if fmt.has_levels:
+        parts["levels"] = Part("int16", (2**fmt.bits,))
+    if fmt.dq:
+        blocks = -(-rows * groups // DQ_BLOCK)
+        parts |= {"scale_low": Part("int16", (blocks,)), "scale_step": Part("int16", (blocks,))}
     return parts

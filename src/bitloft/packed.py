@@ -13,16 +13,21 @@ touch a stored byte; a tensor subclass would have had to intercept those casts o
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int8, Int16, UInt8
 from torch import Tensor
 
 from bitloft.errors import FormatError
-from bitloft.formats import Format, layout
+from bitloft.formats import DQ_BLOCK, Format, layout
 
 DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
+PARTS = ("codes", "scales", "exponent", "zeros", "shifts", "levels", "scale_low", "scale_step")
 SCALE_TOP = 14  # the largest scale lies in [2**14, 2**15): fp16 ends at 65504, its subnormals begin 28 octaves below
+
+
+Rows = slice | Int[Tensor, " some"]  # a range of rows, or their numbers
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,18 @@ class PackedTensor:
     format: Format
     shape: tuple[int, ...]
     codes: Int8[Tensor, "rows bytes"]
-    scales: Int16[Tensor, "rows groups"]
+    scales: Int[Tensor, "scaled groups"]
     exponent: Int[Tensor, ""]
     zeros: Int8[Tensor, "rows zero_bytes"] | None = None
+    shifts: Int16[Tensor, "scaled groups"] | None = None
+    levels: Int16[Tensor, " levels"] | None = None
+    scale_low: Int16[Tensor, " blocks"] | None = None
+    scale_step: Int16[Tensor, " blocks"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored parts by name, in file order."""
-        parts = {"codes": self.codes, "scales": self.scales, "exponent": self.exponent}
-        return parts if self.zeros is None else parts | {"zeros": self.zeros}
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
     def from_tensors(cls, fmt: Format, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> "PackedTensor":
@@ -57,7 +66,7 @@ class PackedTensor:
                     f"part {name!r} of a {fmt} tensor of shape {shape} must be {part.dtype} {part.shape}, "
                     f"found {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}."
                 )
-        return cls(fmt, shape, parts["codes"], parts["scales"], parts["exponent"], parts.get("zeros"))
+        return cls(fmt, shape, **parts)
 
     def to(self, device: "torch.device | str") -> "PackedTensor":
         moved = {name: t.to(device) for name, t in self.tensors().items()}
@@ -103,21 +112,85 @@ def unpack_bits(packed: Int8[Tensor, "rows bytes"], bits: int, width: int) -> UI
         return unpack_bits(low, 2, width) | (unpack_bits(high, 1, width) << 2)
     per_byte = 8 // bits
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
-    lanes = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
+    lanes: Tensor = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return lanes.reshape(packed.shape[0], width)
+
+
+def scale_exponent(*values: Tensor) -> Int[Tensor, ""]:
+    """The exponent at which the largest magnitude among ``values`` lies in [2**14, 2**15); 0 where all are zero."""
+    top = max((float(v.abs().amax()) for v in values if v.numel()), default=0.0)
+    exponent = math.frexp(top)[1] - 1 - SCALE_TOP if top > 0 else 0
+    return torch.tensor(exponent, dtype=torch.int32, device=values[0].device)
+
+
+def pack_halves(values: Float[Tensor, "*any"], exponent: Int[Tensor, ""]) -> Int16[Tensor, "*any"]:
+    """fp16 bit patterns of ``values / 2**exponent``."""
+    # ldexp in double: 2**-exponent alone may overflow float32 when the values are near its subnormals
+    return torch.ldexp(values.double(), -exponent).to(torch.float16).view(torch.int16)
+
+
+def unpack_halves(
+    stored: Int16[Tensor, "*any"], exponent: Int[Tensor, ""], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*any"]:
+    """The inverse of ``pack_halves``, up to fp16 rounding."""
+    values: Tensor = torch.ldexp(stored.view(torch.float16).float(), exponent)
+    return values.to(dtype)
 
 
 def pack_scales(scales: Float[Tensor, "rows groups"]) -> tuple[Int16[Tensor, "rows groups"], Int[Tensor, ""]]:
     """fp16 bit patterns of ``scales / 2**exponent`` and that exponent, set by the largest magnitude."""
-    top = float(scales.abs().amax()) if scales.numel() else 0.0
-    exponent = math.frexp(top)[1] - 1 - SCALE_TOP if top > 0 else 0
-    # ldexp in double: 2**-exponent alone may overflow float32 when the scales are near its subnormals
-    stored = torch.ldexp(scales.double(), torch.tensor(-exponent, device=scales.device)).to(torch.float16)
-    return stored.view(torch.int16), torch.tensor(exponent, dtype=torch.int32, device=scales.device)
+    exponent = scale_exponent(scales)
+    return pack_halves(scales, exponent), exponent
 
 
 def unpack_scales(
     scales: Int16[Tensor, "rows groups"], exponent: Int[Tensor, ""], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "rows groups"]:
-    values: Tensor = torch.ldexp(scales.view(torch.float16).float(), exponent)
-    return values.to(dtype)
+    return unpack_halves(scales, exponent, dtype)
+
+
+class DoubleQuantized(NamedTuple):
+    """Scales in 8 bits: low + step * code, one low and step (fp16 patterns) per DQ_BLOCK scales in row-major order."""
+
+    codes: Int8[Tensor, "rows groups"]
+    low: Int16[Tensor, " blocks"]
+    step: Int16[Tensor, " blocks"]
+
+
+def double_quantize(scales: Float[Tensor, "rows groups"], exponent: Int[Tensor, ""]) -> DoubleQuantized:
+    """Double quantization of scales (QLoRA, section 3): 8 bits each, 32 bits per 256 for their range.
+
+    QLoRA subtracts one mean and takes an absolute maximum per block; a minimum and a step per block cost as much and
+    spend no code outside the range that occurs.
+    """
+    flat = scales.reshape(-1)
+    blocks = -(-flat.numel() // DQ_BLOCK)
+    if not blocks:
+        empty = torch.zeros(0, dtype=torch.int16, device=scales.device)
+        return DoubleQuantized(scales.to(torch.int8), empty, empty)
+    tail = flat[-1:].expand(blocks * DQ_BLOCK - flat.numel())
+    grouped = torch.cat([flat, tail]).view(blocks, DQ_BLOCK)
+    low = pack_halves(grouped.amin(1), exponent)
+    above = grouped - unpack_halves(low, exponent).unsqueeze(1)
+    step = pack_halves(above.amax(1).clamp_min(0) / 255, exponent)
+    width = unpack_halves(step, exponent).unsqueeze(1)
+    codes = torch.where(width > 0, (above / width.clamp_min(1e-38)).round(), torch.zeros_like(above))
+    stored = codes.clamp(0, 255).to(torch.uint8).view(-1)[: flat.numel()].view(torch.int8)
+    return DoubleQuantized(stored.view(scales.shape), low, step)
+
+
+def scales_of(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "scaled groups"]:
+    """The scales of some rows as numbers, double quantization undone; one row for a TENSOR format."""
+    if packed.scale_low is None or packed.scale_step is None:
+        return unpack_halves(rows_of(packed.scales, rows), packed.exponent, dtype)
+    count, groups = packed.scales.shape
+    index = torch.arange(count, device=packed.scales.device)[rows]
+    block = (index[:, None] * groups + torch.arange(groups, device=index.device)) // DQ_BLOCK
+    low = unpack_halves(packed.scale_low, packed.exponent)[block]
+    step = unpack_halves(packed.scale_step, packed.exponent)[block]
+    return (low + step * packed.scales[rows].view(torch.uint8)).to(dtype)
+
+
+def rows_of(part: Int[Tensor, "scaled groups"], rows: Rows) -> Int[Tensor, "some groups"]:
+    """Some rows of scales or shifts; a TENSOR format has one row that holds for all."""
+    return part if part.shape[0] == 1 else part[rows]

@@ -29,39 +29,90 @@ class Found(NamedTuple):
     codes: UInt8[Tensor, "groups size"]
     scales: Float[Tensor, "groups 1"]
     zeros: UInt8[Tensor, "groups 1"] | None = None
+    shifts: Float[Tensor, "groups 1"] | None = None
 
 
 def codes_and_scales(
-    x: Float[Tensor, "groups size"], mask: Float[Tensor, "groups size"] | None, fmt: Format, ranges: bool = False
+    x: Float[Tensor, "groups size"],
+    mask: Float[Tensor, "groups size"] | None,
+    fmt: Format,
+    levels: tuple[float, ...],
+    ranges: bool = False,
 ) -> Found:
-    """The best codes and scales of each row of ``x``; ``mask`` is 0 on padding (None where there is none).
+    """The best codes and scales (and shifts) of each row of ``x``; ``mask`` is 0 on padding (None where there is none).
 
-    ``ranges`` searches the range of ``uniform`` groups instead of taking min and max.
+    ``levels`` are the format's, or those a book learned. ``ranges`` searches the range of ``uniform`` groups with a
+    zero point instead of taking min and max.
     """
     if fmt.group == UNIT:
-        return Found(nearest(x, torch.ones_like(x[:, :1]), fmt), torch.ones_like(x[:, :1]))
+        ones = torch.ones_like(x[:, :1])
+        return Found(nearest(x, ones, levels), ones)
     if fmt.family == "uniform":
+        if fmt.shift:
+            return _uniform_shifted(x, mask, fmt.bits)
         return _uniform_searched(x, fmt.bits) if ranges else _uniform(x, fmt.bits)
+    shifts = None
+    if fmt.shift:
+        shifts = _centers(x, mask, fmt)
+        x = x - shifts if mask is None else (x - shifts) * mask
+    scales = _scales(x, mask, fmt, levels)
+    return Found(nearest(x, scales, levels), scales, shifts=shifts)
+
+
+def _scales(x: Tensor, mask: Tensor | None, fmt: Format, levels: tuple[float, ...]) -> Float[Tensor, "groups 1"]:
     if fmt.family == "sign":
         count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
-        scales = x.abs().sum(1, keepdim=True) / count
-        return Found((x >= 0).to(torch.uint8), scales)
+        return x.abs().sum(1, keepdim=True) / count
     if fmt.family == "nf":
-        scales = x.abs().amax(1, keepdim=True)
-    elif fmt.bits == 2:
-        scales = _two_level_scale(x, mask, fmt)
-    else:
-        scales = _alternate(x, mask, fmt)
-    return Found(nearest(x, scales, fmt), scales)
+        return x.abs().amax(1, keepdim=True)
+    if fmt.family == "lm" and fmt.bits == 2:
+        return _two_level_scale(x, mask, levels)
+    return _alternate(x, mask, levels)
 
 
 def nearest(
-    x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], fmt: Format
+    x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], levels: tuple[float, ...]
 ) -> UInt8[Tensor, "groups size"]:
     """Index of the level nearest to x / scale; a group whose scale is 0 (all zeros) takes the level nearest to 0."""
-    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=x.device)
+    table = torch.tensor(levels, dtype=torch.float32, device=x.device)
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return torch.bucketize(x / safe, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(x / safe, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def on_grid(
+    x: Float[Tensor, "groups size"], scales: Float[Tensor, "groups 1"], top: int
+) -> UInt8[Tensor, "groups size"]:
+    """round(x / scale) clipped to 0..top; 0 where the scale is 0."""
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return torch.round(x / safe).clamp_(0, top).to(torch.uint8)
+
+
+def _ends(x: Tensor, mask: Tensor | None) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
+    """Minimum and maximum of each row, padding left out."""
+    if mask is None:
+        return x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    hidden = mask == 0
+    low = x.masked_fill(hidden, float("inf")).amin(1, keepdim=True)
+    high = x.masked_fill(hidden, float("-inf")).amax(1, keepdim=True)
+    empty = hidden.all(1, keepdim=True)
+    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+
+def _centers(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
+    """The shift of each row: the middle of the range where the scale is its end (nf), the mean elsewhere."""
+    if fmt.family == "nf":
+        low, high = _ends(x, mask)
+        return (low + high) / 2
+    if mask is None:
+        return x.mean(1, keepdim=True)
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def _uniform_shifted(x: Tensor, mask: Tensor | None, bits: int) -> Found:
+    """Min-max grid with its lower end as an fp16 shift (QA-LoRA, section 3.2; GPTQ-style groups with float zeros)."""
+    low, high = _ends(x, mask)
+    scales = (high - low) / (2**bits - 1)
+    return Found(on_grid(x - low, scales, 2**bits - 1), scales, shifts=low)
 
 
 def _uniform(x: Float[Tensor, "groups size"], bits: int, low_part: float = 1.0, high_part: float = 1.0) -> Found:
@@ -101,13 +152,13 @@ def _uniform_searched(x: Float[Tensor, "groups size"], bits: int) -> Found:
     return best
 
 
-def _two_level_scale(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
+def _two_level_scale(x: Tensor, mask: Tensor | None, levels: tuple[float, ...]) -> Float[Tensor, "groups 1"]:
     """The best scale over every split of the magnitudes into the low level a and the high level b.
 
     With the k largest at b: s = (a*low + b*high) / (n_low*a^2 + n_high*b^2), and the error falls by the square of the
     numerator over the denominator. Nearest rounding at that scale can only lower the error further.
     """
-    a, b = fmt.levels[2], fmt.levels[3]
+    a, b = levels[2], levels[3]
     size = x.shape[1]
     ordered = x.abs().sort(dim=1, descending=True).values  # padding holds zeros, so it sorts last
     high = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
@@ -120,14 +171,14 @@ def _two_level_scale(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tenso
     return numerator.gather(1, best) / denominator.gather(1, best).clamp_min(1e-30)
 
 
-def _alternate(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "groups 1"]:
+def _alternate(x: Tensor, mask: Tensor | None, levels: tuple[float, ...]) -> Float[Tensor, "groups 1"]:
     """Alternate (coarsely) nearest codes and least-squares scales from each start; the scale of greatest gain."""
-    table, bins = _coarse_levels(fmt, str(x.device))
+    table, bins = _coarse_levels(levels, str(x.device))
     count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
     rms = (x.square().sum(1, keepdim=True) / count).sqrt()
     middle = torch.tensor(COARSE / 2, device=x.device)
     best = best_gain = torch.zeros_like(rms)
-    edge = x.abs().amax(1, keepdim=True) / fmt.levels[-1]  # heavy tails: no clipping at all may be best
+    edge = x.abs().amax(1, keepdim=True) / levels[-1]  # heavy tails: no clipping at all may be best
     for scales in (*(rms * start for start in STARTS), edge):
         for _ in range(ROUNDS):
             index = torch.addcmul(middle, x, bins / scales.clamp_min(1e-30)).clamp_(0, COARSE - 1).int()
@@ -144,13 +195,13 @@ def _alternate(x: Tensor, mask: Tensor | None, fmt: Format) -> Float[Tensor, "gr
 
 
 @lru_cache(maxsize=16)
-def _coarse_levels(fmt: Format, device: str) -> tuple[Float[Tensor, " bins"], float]:
+def _coarse_levels(spread: tuple[float, ...], device: str) -> tuple[Float[Tensor, " bins"], float]:
     """The level at the middle of each of COARSE bins over the levels' range, and bins per unit.
 
     A search needs no exact codes: only values within half a bin of a boundary may take the other side, at almost no
     error, and a table costs an eighth of a bucketize. The codes that are stored come from ``nearest``.
     """
-    levels = torch.tensor(fmt.levels)
-    top = float(levels[-1])
+    levels = torch.tensor(spread)
+    top = float(levels.abs().amax())
     centers = (torch.arange(COARSE) + 0.5) * (2 * top / COARSE) - top
     return levels[torch.bucketize(centers, (levels[1:] + levels[:-1]) / 2)].to(device), COARSE / (2 * top)

@@ -18,10 +18,10 @@ from bitloft.kernels import ops
 from bitloft.packed import DTYPES, PackedTensor
 from bitloft.solvers.base import Solution
 
-# names of the module tensors that hold each part of the weight and of the start's factors
-_WEIGHT = {"codes": "weight", "scales": "weight_scales", "exponent": "weight_exponent", "zeros": "weight_zeros"}
-_A0 = {"codes": "a0", "scales": "a0_scales", "exponent": "a0_exponent", "zeros": "a0_zeros"}
-_B0 = {"codes": "b0", "scales": "b0_scales", "exponent": "b0_exponent", "zeros": "b0_zeros"}
+
+def tensor_name(owner: str, part: str) -> str:
+    """Name of the module tensor that holds a part of ``weight``, ``a0`` or ``b0``: the codes have the bare name."""
+    return owner if part == "codes" else f"{owner}_{part}"
 
 
 class QuantLinear(nn.Linear):
@@ -48,36 +48,36 @@ class QuantLinear(nn.Linear):
         self.format, self.rank, self.scaling = format, rank, scaling
         self.start_format = start_format if rank else None
         self.start_enabled = True
-        self._hold((out_features, in_features), format, _WEIGHT, device)
+        self._hold((out_features, in_features), format, "weight", device)
         if self.start_format is not None:
-            self._hold((rank, in_features), self.start_format, _A0, device)
-            self._hold((rank, out_features), self.start_format, _B0, device)
+            self._hold((rank, in_features), self.start_format, "a0", device)
+            self._hold((rank, out_features), self.start_format, "b0", device)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
-    def _hold(self, shape: tuple[int, ...], fmt: Format, names: dict[str, str], device: Any) -> None:
+    def _hold(self, shape: tuple[int, ...], fmt: Format, owner: str, device: Any) -> None:
         """Allocate the parts of one packed tensor."""
         for part, (dtype, size) in layout(shape, fmt).items():
             empty = torch.zeros(size, dtype=DTYPES[dtype], device=device)
-            if names[part] == "weight":
+            if (name := tensor_name(owner, part)) == "weight":
                 self.weight = nn.Parameter(empty, requires_grad=False)
             else:
-                self.register_buffer(names[part], empty)
+                self.register_buffer(name, empty)
 
-    def _parts(self, shape: tuple[int, ...], fmt: Format, names: dict[str, str]) -> PackedTensor:
-        held = {part: getattr(self, names[part]) for part in layout(shape, fmt)}
-        return PackedTensor(fmt, shape, held["codes"].data, held["scales"], held["exponent"], held.get("zeros"))
+    def _parts(self, shape: tuple[int, ...], fmt: Format, owner: str) -> PackedTensor:
+        held = {part: getattr(self, tensor_name(owner, part)) for part in layout(shape, fmt)}
+        return PackedTensor(fmt, shape, **held | {"codes": held["codes"].data})
 
     def packed_weight(self) -> PackedTensor:
         """The weight [out, in] as stored; shares memory with the module."""
-        return self._parts((self.out_features, self.in_features), self.format, _WEIGHT)
+        return self._parts((self.out_features, self.in_features), self.format, "weight")
 
     def packed_start(self) -> tuple[PackedTensor, PackedTensor] | None:
         """A0 [rank, in] and B0^T [rank, out] as stored, or None without a start."""
         if self.start_format is None:
             return None
         return (
-            self._parts((self.rank, self.in_features), self.start_format, _A0),
-            self._parts((self.rank, self.out_features), self.start_format, _B0),
+            self._parts((self.rank, self.in_features), self.start_format, "a0"),
+            self._parts((self.rank, self.out_features), self.start_format, "b0"),
         )
 
     def start_a(self) -> Float[Tensor, "rank columns"]:
@@ -111,10 +111,10 @@ class QuantLinear(nn.Linear):
 
     def tensors_of(self, solution: Solution) -> dict[str, Tensor]:
         """The module tensors, by name, that hold a solution of this layer's shape and formats."""
-        tensors = {_WEIGHT[part]: t for part, t in solution.weight.tensors().items()}
+        tensors = {tensor_name("weight", part): t for part, t in solution.weight.tensors().items()}
         if solution.start is not None:
-            tensors |= {_A0[part]: t for part, t in solution.start.a.tensors().items()}
-            tensors |= {_B0[part]: t for part, t in solution.start.bt.tensors().items()}
+            tensors |= {tensor_name("a0", part): t for part, t in solution.start.a.tensors().items()}
+            tensors |= {tensor_name("b0", part): t for part, t in solution.start.bt.tensors().items()}
         return tensors
 
     def load_solution(self, solution: Solution) -> None:
