@@ -26,6 +26,7 @@ LAYERS = (
     ("adapter_table",),
     ("adapter_files",),
     ("adapters",),
+    ("factors",),
     ("modules",),
     ("integrations",),
     ("calibrate", "tasks", "report", "card"),
