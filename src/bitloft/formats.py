@@ -56,8 +56,8 @@ _FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "book": (2,
              "half": (16,)}  # fmt: skip
 _SPELLING = re.compile(r"(nf|lm|uniform|book|sign|int|half)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
 KNOWN = (
-    "nf2..4, lm2..4, uniform2..4, book2..3, sign, int8 or half, then ':' and a group (a multiple of 8, 'row', 'unit', or 'tensor' "
-    "for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
+    "nf2..4, lm2..4, uniform2..4, book2..3, sign, int8 or half, then ':' and a group (a multiple of 8, 'row', "
+    "'unit', or 'tensor' for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
 )
 
 
