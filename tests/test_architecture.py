@@ -26,7 +26,7 @@ LAYERS = (
     ("adapter_table",),
     ("adapter_files",),
     ("adapters",),
-    ("factors",),
+    ("factors", "packing"),
     ("modules",),
     ("integrations",),
     ("calibrate", "tasks", "report", "card"),
