@@ -31,6 +31,7 @@ LAYERS = (
     ("integrations",),
     ("calibrate", "tasks", "report", "card"),
     ("quantize", "train", "compress", "evaluate", "inspection", "generate", "plan", "sweep"),
+    ("bulk",),
     ("serve",),
     ("console",),
     ("cli",),

@@ -29,13 +29,15 @@ from bitloft.errors import CheckpointError, OptionError
 from bitloft.kernels.ops import decode
 from bitloft.options import CompressOptions
 from bitloft.packing import Packing, Progress, block_bytes
+from bitloft.solvers.adapter import Components
 
 EXPANDED = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One packed module: ``widths`` maps bits to components, ``bits`` counts codes, scales and zero points."""
+    """One packed module: ``widths`` maps bits to components, ``bits`` counts codes, scales and zero points;
+    ``spectrum`` is each singular component's share of the energy before packing."""
 
     name: str
     shape: tuple[int, int]
@@ -43,6 +45,7 @@ class ModuleReport:
     widths: dict[int, int]
     bits: float
     error: float
+    spectrum: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def compress(
         payload_bits=packed.payload_bits,
         error=job.error(modules),
         weighed_error=job.weighed_error(modules),
-        modules=tuple(_report(module) for module in modules),
+        modules=tuple(_report(m, c) for m, c in zip(modules, job.exact, strict=True)),
         values=packed.values,
         bytes=size,
         source_bytes=(source.path / WEIGHTS_FILE).stat().st_size,
@@ -119,13 +122,16 @@ def compress(
     )
 
 
-def _report(module: PackedModule) -> ModuleReport:
+def _report(module: PackedModule, exact: Components) -> ModuleReport:
     widths: dict[int, int] = {}
     for block in module.blocks:
         widths[block.a.format.bits] = widths.get(block.a.format.bits, 0) + block.a.shape[0]
     values = module.rank * (module.in_features + module.out_features)
     bits = 8 * sum(block_bytes(block) for block in module.blocks) / values
-    return ModuleReport(module.name, (module.out_features, module.in_features), module.rank, widths, bits, module.error)
+    shape = (module.out_features, module.in_features)
+    energy = exact.s.double().square()
+    spectrum = tuple(round(x, 6) for x in (energy / energy.sum().clamp_min(1e-300)).tolist())
+    return ModuleReport(module.name, shape, module.rank, widths, bits, module.error, spectrum)
 
 
 def expand(packed: str | Path, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> Path:
