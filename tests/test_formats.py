@@ -14,7 +14,7 @@ FORMATS = ["nf4:64", "nf3:64", "nf2:64", "lm2:64", "lm3:64", "lm4:64", "uniform2
            "sign:128", "lm2:row", "lm4:unit", "sign:unit",
            "uniform2:tensor", "uniform4:tensor", "book2:64", "book3:64", "nf4:64+dq", "lm2:64+dq", "uniform3:64+dq",
            "nf2:64+shift", "lm2:64+shift", "uniform2:64+shift", "sign:64+shift", "book2:row+dq+shift",
-           "uniform4:64+dq+shift"]  # fmt: skip
+           "uniform4:64+dq+shift", "int8:64", "int8:row", "half:row", "half:unit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", FORMATS)
@@ -24,8 +24,8 @@ def test_spelling_round_trips(spelling: str) -> None:
 
 
 @given(
-    st.sampled_from(["nf", "lm", "uniform", "sign", "book"]),
-    st.integers(1, 4),
+    st.sampled_from(["nf", "lm", "uniform", "sign", "book", "int", "half"]),
+    st.sampled_from([1, 2, 3, 4, 8, 16]),
     st.sampled_from([8, 24, 64, 4096, 0, -1, -2]),
     st.booleans(),
     st.booleans(),
@@ -39,7 +39,21 @@ def test_every_format_that_can_be_made_parses_back(family: str, bits: int, group
 
 
 @pytest.mark.parametrize(
-    "spelling", ["nf5:64", "lm2", "lm2:", "sign1:64", "int4:64", "lm2:0", "lm:64", "", "nf1:64", "lm2:64+shift+dq"]
+    "spelling",
+    [
+        "nf5:64",
+        "lm2",
+        "lm2:",
+        "sign1:64",
+        "int4:64",
+        "lm2:0",
+        "lm:64",
+        "",
+        "nf1:64",
+        "lm2:64+shift+dq",
+        "int:64",
+        "half16:row",
+    ],
 )
 def test_unknown_spellings_are_refused_by_name(spelling: str) -> None:
     with pytest.raises(FormatError, match=r"format .*use nf2\.\.4"):
@@ -51,6 +65,8 @@ def test_groups_fill_bytes() -> None:
         Format.parse("lm2:12")
     with pytest.raises(FormatError, match="needs a scale"):
         Format.parse("uniform2:unit")
+    with pytest.raises(FormatError, match="use half:row or half:unit"):
+        Format.parse("half:64")
     with pytest.raises(FormatError, match="only uniform codes take one range per tensor"):
         Format.parse("lm2:tensor")
     with pytest.raises(FormatError, match="need groups"):

@@ -66,6 +66,16 @@ def test_learned_levels_beat_fixed_ones_on_heavy_tails_and_lose_nothing_on_gauss
     assert error(gauss, "book3:64") < 1.01 * error(gauss, "lm3:64")
 
 
+def test_wide_formats_round_finely() -> None:
+    x = torch.randn(6, 100) * torch.logspace(-3, 6, 6)[:, None]
+    norms = x.square().sum(1)
+    for spelling, error in (("int8:row", 2e-4), ("int8:64", 1e-4), ("half:row", 1e-7)):
+        assert bool(((decode(encode(x, spelling)) - x).square().sum(1) < error * norms).all()), spelling
+    assert torch.equal(decode(encode(x[:4], "half:unit")), x[:4].half().float())
+    with pytest.raises(KernelError, match="a value is beyond half precision"):
+        encode(x, "half:unit")
+
+
 @pytest.mark.parametrize("plain", ["nf4:64", "lm2:64", "uniform3:64", "book2:64", "sign:64"])
 def test_double_quantization_costs_little_error(plain: str) -> None:
     x = torch.randn(256, 512) * torch.rand(256, 1).add(0.5)

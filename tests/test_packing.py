@@ -1,141 +1,154 @@
-"""Dense modules replaced by packed ones and back: names, kinds, ties, what a checkpoint holds, what a save keeps."""
+"""Budgets and qualities: true bits within 2 % down to 0.2, the smallest size under an error, every method a file."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel
 
-import bitloft
-from bitloft.errors import CheckpointError, OptionError
-from bitloft.integrations.packing import local_name, matrices_of, pack, packed_at, packed_names, unpack, weights_in
-from bitloft.integrations.transformers import BitloftConfig
-from bitloft.modules.embedding import QuantEmbedding, TiedEmbedding, TiedHead
-from bitloft.modules.experts import QuantExperts
-from bitloft.modules.linear import QuantConv1D
-from bitloft.options import QuantizeOptions
-from bitloft.rules import StoredModule
-from tests.architectures import make
-from tests.test_architectures import on_load, output
-
-bitloft.register()
+from bitloft.adapters import read_adapter, read_packed
+from bitloft.compress import compress, expand
+from bitloft.errors import OptionError
+from bitloft.kernels.ops import decode
+from bitloft.options import CompressOptions
+from bitloft.packing import Packing, payload_bytes
+from bitloft.solvers import baselines
+from bitloft.solvers.adapter import Trained
+from tests.helpers import shared
+from tests.test_compress import large_adapter
 
 
-def stored(kind: str) -> StoredModule:
-    return StoredModule("lm4:64", 4, 1.0, kind, "lm4:64")
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return large_adapter(tmp_path_factory.mktemp("plain") / "a")
 
 
-def test_each_kind_becomes_its_module_and_has_one_name() -> None:
-    gpt2, mixtral = make("gpt2"), make("mixtral")
-    assert isinstance(pack(gpt2, "transformer.h.0.attn.c_attn", stored("conv1d")), QuantConv1D)
-    assert packed_at(gpt2, "transformer.h.0.attn.c_attn.weight") == ("transformer.h.0.attn.c_attn", "conv1d")
-    assert packed_at(gpt2, "transformer.h.1.attn.c_attn.weight") is None
-    name = "model.layers.0.mlp.experts.down_proj"
-    assert isinstance(pack(mixtral, name, stored("experts")), QuantExperts)
-    assert packed_at(mixtral, name) == (name, "experts")
-    assert packed_at(mixtral, name.replace("down", "gate_up")) is None
-    assert packed_names(mixtral) == {name: "experts"}
+@pytest.mark.parametrize("bits", [0.2, 0.3, 0.5, 0.8, 1.85, 2.8])
+def test_a_real_adapter_has_the_bits_asked_for_within_two_percent(bits: float) -> None:
+    source = read_adapter(shared("adapters/gpt2-tigrinya-r8"))
+    packing = Packing(source, CompressOptions(bits=bits, refine=False))
+    modules, notes = packing.solve()
+    size = sum(len(data) for data in packing.files(modules).values())
+    assert 0.98 * bits < 8 * size / source.values <= bits
+    assert not notes
 
 
-def test_a_table_takes_what_is_tied_to_it_along() -> None:
-    bart = make("bart")
-    table = pack(bart, "model.shared", stored("embedding"))
-    assert isinstance(table, QuantEmbedding)
-    assert isinstance(bart.lm_head, TiedHead)
-    for part in (bart.model.encoder, bart.model.decoder):
-        assert isinstance(part.embed_tokens, TiedEmbedding)
-        assert part.embed_tokens.scale is not None
-        assert part.embed_tokens.scale.value == pytest.approx(8.0)  # sqrt(64), from the dense class
-    assert packed_names(bart) == {"model.shared": "embedding"}
-    assert packed_at(bart, "model.decoder.embed_tokens.weight") == ("model.shared", "embedding")
-    unpack(bart, torch.float32)
-    assert bart.lm_head.weight is bart.model.shared.weight is bart.model.encoder.embed_tokens.weight
+@pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("quality", [0.5, 0.1, 0.02])
+def test_a_quality_is_met_by_the_smallest_size(plain: Path, tmp_path: Path, quality: float, refine: bool) -> None:
+    report = compress(plain, tmp_path / "p", quality=quality, refine=refine)
+    assert report.error <= quality
+    assert read_packed(tmp_path / "p").method["quality"] == quality
+    smaller = compress(plain, tmp_path / "s", bits=0.985 * report.true_bits, refine=refine)
+    assert smaller.error > quality
 
 
-def test_matrices_come_as_rows_of_outputs() -> None:
-    gpt2, oss = make("gpt2"), make("gpt_oss")
-    weight = gpt2.transformer.h[0].mlp.c_fc.weight
-    ((name, matrix),) = matrices_of(gpt2, "transformer.h.0.mlp.c_fc", "conv1d", weight)
-    assert (name, matrix.shape) == ("transformer.h.0.mlp.c_fc", (256, 64))
-    down = oss.model.layers[0].mlp.experts.down_proj
-    found = dict(matrices_of(oss, "model.layers.0.mlp.experts.down_proj", "experts", down))
-    assert torch.equal(found["model.layers.0.mlp.experts.down_proj.2"], down[2].T)
+def test_a_quality_beyond_four_bits_names_what_is_possible(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"no size keeps the error of .* under 1e-06: at 4 bits .* is 0\.0"):
+        compress(plain, tmp_path / "p", quality=1e-6)
+    assert not (tmp_path / "p").exists()
 
 
-def test_a_listed_module_of_another_kind_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"packs model\.norm as linear, but in this .* is a LlamaRMSNorm"):
-        pack(make("llama"), "model.norm", stored("linear"))
+def test_refinement_pays_and_can_be_left_out(plain: Path, tmp_path: Path) -> None:
+    on, off = (compress(plain, tmp_path / str(refine), bits=1.2, refine=refine) for refine in (True, False))
+    assert on.error < off.error
+    assert (on.method.get("refine"), off.method["refine"]) == (None, False)
 
 
-def test_names_with_and_without_the_prefix_of_the_class() -> None:
-    headless = make("llama").model
-    assert local_name(headless, "model.layers.0.mlp.up_proj", "linear") == "layers.0.mlp.up_proj"
-    assert local_name(headless, "lm_head", "linear") is None
-    assert local_name(make("mixtral").model, "model.layers.0.mlp.experts.down_proj", "experts") is not None
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"method": "rtn"}, 2),
+        ({"method": "rtn", "high": 3}, 3),
+        ({"method": "sign"}, 1),
+        ({"method": "gptq", "high": 4}, 4),
+        ({"method": "truncate", "rank": 2}, 4),
+        ({"method": "truncate", "rank": 4, "width": 8}, 4),
+        ({"method": "shrink", "quality": 0.1}, 16),
+        ({"method": "loraquant", "split": "norm"}, None),
+        ({"method": "loraquant", "split": "random", "refine": False}, None),
+    ],
+)
+def test_every_baseline_is_a_file_like_any_other(
+    plain: Path, tmp_path: Path, settings: dict[str, Any], bits: int | None
+) -> None:
+    report = compress(plain, tmp_path / "p", **settings)
+    packed = read_packed(tmp_path / "p")
+    assert packed.method["name"] == settings["method"]
+    assert bits is None or report.payload_bits == pytest.approx(bits)
+    expand(tmp_path / "p", tmp_path / "back")
+    lost = energy = 0.0
+    for before, after in zip(read_adapter(plain).pairs, read_adapter(tmp_path / "back").pairs, strict=True):
+        exact = before.scaling * before.b @ before.a
+        lost += float((exact - after.scaling * after.b @ after.a).square().sum())
+        energy += float(exact.square().sum())
+    assert report.error == pytest.approx(lost / energy, rel=1e-3, abs=1e-6)
 
 
-def test_what_a_checkpoint_holds_goes_by_the_models_names(tmp_path: Path) -> None:
-    model = make("mixtral")
-    model.save_pretrained(tmp_path)
-    files = [str(tmp_path / "model.safetensors")]
-    assert any("block_sparse_moe" in name for name in load_file(files[0]))  # transformers saves the published names
-    found = weights_in(model, files)
-    assert found is not None
-    assert {n for n, _ in model.named_parameters()} - {"lm_head.weight"} <= found
-    assert weights_in(model, None) is None
-    with pytest.raises(CheckpointError, match=r"model\.bin is no safetensors file"):
-        weights_in(model, ["model.bin"])
+def test_bytes_of_the_payload_are_those_of_the_file(plain: Path, tmp_path: Path) -> None:
+    compress(plain, tmp_path / "p", method="truncate", rank=3)
+    packed = read_packed(tmp_path / "p")
+    assert payload_bytes(list(packed.modules.values())) == packed.payload.numel()
 
 
-def test_packed_experts_are_saved_as_they_are(tmp_path: Path) -> None:
-    model = on_load("qwen3_moe", tmp_path / "dense")
-    model.save_pretrained(tmp_path / "base")
-    names = load_file(tmp_path / "base" / "model.safetensors").keys()
-    assert "model.layers.0.mlp.experts.gate_up_proj" in names
-    assert "model.layers.0.mlp.experts.gate_up_proj_a0_scales" in names
-    assert not any(".experts.0." in name for name in names)
-    headless = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    assert set(packed_names(headless).values()) == {"linear", "experts"}
+def moments(path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for pair in read_adapter(path).pairs:
+        columns = pair.a.shape[1]
+        x = torch.randn(300, 40) @ torch.randn(40, columns) + 0.1 * torch.randn(300, columns)
+        found[pair.name] = x.T @ x / 300 + 1e-3 * torch.eye(columns)
+    return found
 
 
-def test_the_same_base_in_a_class_without_its_head(tmp_path: Path) -> None:
-    model = on_load("t5", tmp_path / "dense", embeddings=True, head=True)
-    model.save_pretrained(tmp_path / "base")
-    headless = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
-    ids = torch.arange(3, 19).view(2, 8)
-    with torch.no_grad():
-        ours = headless(input_ids=ids, decoder_input_ids=ids).last_hidden_state
-        theirs = model(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True).decoder_hidden_states[-1]
-    assert torch.equal(ours, theirs)
+def test_input_moments_lower_the_error_where_inputs_are(plain: Path, tmp_path: Path) -> None:
+    given = moments(plain)
+    blind = compress(plain, tmp_path / "b", bits=0.8)
+    aware = compress(plain, tmp_path / "a", bits=0.8, moments=given)
+    assert (blind.weighed_error, aware.method["metric"]) == (None, "inputs")
+    packed, lost, energy = read_packed(tmp_path / "b"), 0.0, 0.0
+    for pair in read_adapter(plain).pairs:
+        exact = pair.scaling * pair.b @ pair.a
+        delta = sum((decode(b.bt).T @ decode(b.a) for b in packed.modules[pair.name].blocks), torch.zeros_like(exact))
+        root = torch.linalg.cholesky(given[pair.name].double()).float()
+        lost += float(((exact - delta) @ root).square().sum())
+        energy += float((exact @ root).square().sum())
+    assert aware.weighed_error is not None
+    assert aware.weighed_error < 0.8 * lost / energy
+    assert aware.error > blind.error  # what the plain norm pays for it
 
 
-def quantized(name: str, directory: Path, tensors: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The model ``name`` quantized from a checkpoint with exactly these tensors."""
-    make(name).save_pretrained(directory)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = BitloftConfig(QuantizeOptions(rank=4, steps=1, embeddings=True, head=True))
-    loaded: PreTrainedModel = type(make(name)).from_pretrained(
-        directory, quantization_config=config, dtype=torch.float32
-    )
-    return loaded.eval()
+def test_moments_of_another_width_are_refused(plain: Path, tmp_path: Path) -> None:
+    for name, moment, words in (
+        ("layers.0.q_proj", torch.eye(8), r"second moment of layers.0.q_proj has shape \(8, 8\); its inputs are 304"),
+        ("layers.1.q_proj", -torch.eye(304), "is not positive"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            compress(plain, tmp_path / "p", moments={name: moment})
 
 
-def test_a_tied_table_under_any_of_its_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Checkpoints hold a tied table once, by either name, or twice with equal values; two that differ are refused."""
-    make("gpt2").save_pretrained(tmp_path / "m")
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
-    table = tensors["transformer.wte.weight"]
-    expected = output(quantized("gpt2", tmp_path / "a", tensors), "gpt2")
-    both = tensors | {"lm_head.weight": table.clone()}
-    assert torch.equal(output(quantized("gpt2", tmp_path / "b", both), "gpt2"), expected)
-    other = {n: t for n, t in both.items() if n != "transformer.wte.weight"}
-    assert torch.equal(output(quantized("gpt2", tmp_path / "c", other), "gpt2"), expected)
-    with pytest.raises(RuntimeError, match="CONVERSION"):  # transformers logs our sentence and raises its own
-        quantized("gpt2", tmp_path / "d", tensors | {"lm_head.weight": table + 1})
-    assert "two tables for transformer.wte, which this model ties, and they differ" in caplog.text
+def test_gptq_takes_the_moments(plain: Path, tmp_path: Path) -> None:
+    given = moments(plain)
+    pair = read_adapter(plain).pairs[0]
+    compress(plain, tmp_path / "p", method="gptq", high=3, moments=given)
+    stored = read_packed(tmp_path / "p").modules[pair.name].blocks[0]
+    trained = Trained(pair.a, (pair.scaling * pair.b).T.contiguous())
+    assert not torch.equal(decode(stored.a), decode(baselines.rtn(trained, 3)[0].a))
 
 
-def test_half_of_a_tied_matrix_is_refused_on_load(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="ask for both"):
-        on_load("gpt2", tmp_path, embeddings=True)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": 1.0, "quality": 0.1}, "two ways to choose a size"),
+        ({"quality": 1.0}, r"quality is 1\.0; use an error from 0 to 1"),
+        ({"method": "shrink"}, "shrink needs quality"),
+        ({"method": "rtn", "high": 5}, "high is 5; use 2, 3 or 4"),
+        ({"method": "sign", "high": 2}, "high does not apply to method sign"),
+        ({"method": "truncate", "width": 4}, "width is 4; use 16 or 8"),
+        ({"method": "truncate", "rank": 0}, "rank is 0; use a positive number"),
+        ({"method": "loraquant", "split": "size"}, "unknown split 'size'; use one of svd, norm, random"),
+        ({"rank": 2}, "rank does not apply to method waterfill"),
+    ],
+)
+def test_options_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        CompressOptions(**settings)

@@ -151,7 +151,7 @@ def read_packed(directory: Path | str) -> PackedAdapter:
         raise CheckpointError(
             f"the payload of {directory} has {payload.numel()} bytes, its module table needs {payload_size(specs)}."
         )
-    _refuse_scales(payload, specs, directory)
+    _refuse_values(payload, specs, directory)
     values = sum(m.rank * (m.in_features + m.out_features) for m in specs)
     if manifest["values"] != values or not specs:
         raise CheckpointError(
@@ -245,10 +245,24 @@ def _tensors(data: bytes, directory: Path) -> tuple[Tensor, bytes]:
     return tensors["payload"], tensors["table"].numpy().tobytes()
 
 
-def _refuse_scales(payload: Tensor, specs: Sequence[ModuleSpec], directory: Path) -> None:
+def _refuse_values(payload: Tensor, specs: Sequence[ModuleSpec], directory: Path) -> None:
+    """Half-precision numbers (all scales, which come first, and codes of ``half``) must be finite."""
     size = sum(part.nbytes for *_, name, part in parts(specs) if name == "scales")
-    if not bool(torch.isfinite(payload[:size].view(torch.float16)).all()):
-        raise CheckpointError(f"{directory} holds a scale that is NaN or infinite; it is damaged.")
+    found = [("scale", payload[:size])]
+    if any(16 in (block.a_format.bits, block.bt_format.bits) for spec in specs for block in spec.blocks):
+        found += [("value", codes) for codes in _halves(payload, specs)]
+    for what, stored in found:
+        if not bool(torch.isfinite(stored.clone().view(torch.float16)).all()):
+            raise CheckpointError(f"{directory} holds a {what} that is NaN or infinite; it is damaged.")
+
+
+def _halves(payload: Tensor, specs: Sequence[ModuleSpec]) -> Iterator[Tensor]:
+    at = 0
+    for m, b, side, name, part in parts(specs):
+        block = specs[m].blocks[b]
+        if name == "codes" and (block.a_format if side == "a" else block.bt_format).bits == 16:
+            yield payload[at : at + part.nbytes]
+        at += part.nbytes
 
 
 def _spec(module: PackedModule) -> ModuleSpec:

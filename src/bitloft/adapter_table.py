@@ -119,7 +119,7 @@ def _modules(columns: dict[str, Any]) -> tuple[ModuleSpec, ...]:
     names = columns["names"]
     if any(not valid_name(name) for name in names) or len(set(names)) < len(names):
         raise ValueError("a module name that is not a path, or one that occurs twice")
-    formats = [(Format.parse(a), Format.parse(bt)) for a, bt in columns["formats"]]
+    formats = [(_format(a), _format(bt)) for a, bt in columns["formats"]]
     counts = [len(row) // 2 for row in columns["blocks"]]
     exponents = iter(_exponents(columns["exponents"], sum(counts)))
     found = []
@@ -131,6 +131,14 @@ def _modules(columns: dict[str, Any]) -> tuple[ModuleSpec, ...]:
         )
         found.append(ModuleSpec(name, inputs, outputs, rank, _number(error, 0, 10**9), blocks))
     return tuple(found)
+
+
+def _format(text: object) -> Format:
+    """A format without parts that adapters never have (learned levels, shifts, double quantization)."""
+    found = Format.parse(text) if isinstance(text, str) else None
+    if found is None or found.dq or found.has_shifts or found.has_levels:
+        raise ValueError(f"{str(text)[:40]} is not a format of adapters")
+    return found
 
 
 def _exponents(rows: list[list[int]], blocks: int) -> list[tuple[int, int]]:

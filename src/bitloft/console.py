@@ -100,15 +100,22 @@ def _data(report: Any) -> str:
 
 
 def compress(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory, or a directory of them")],
     out: Out,
     options: CompressOptions,
     base: Annotated[Path | None, typer.Option("--base", help="refuse an adapter that is not of this base")] = None,
     overwrite: Overwrite = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="processes, for a directory of adapters")] = 1,
 ) -> None:
-    """Quantize a trained adapter into a packed one of 0.2 to 4 true bits."""
+    """Quantize a trained adapter, or each in a directory, into packed ones of 0.2 to 4 true bits."""
+    from bitloft.bulk import holds_adapters
     from bitloft.compress import compress as verb
 
+    if holds_adapters(adapter):
+        _compress_all(adapter, out, options, base, overwrite, jobs)
+        return
+    if jobs != 1:
+        raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
     with progress("packing") as step:
         report = verb(adapter, out, options, base=base, overwrite=overwrite, progress=step)
     show(
@@ -124,6 +131,27 @@ def compress(
             "time": f"{report.seconds:.1f} s",
         },
     )
+
+
+def _compress_all(
+    adapters: Path, out: Path, options: CompressOptions, base: Path | None, overwrite: bool, jobs: int
+) -> None:
+    from bitloft.bulk import compress_all
+
+    if overwrite:
+        raise OptionError("--overwrite is for one adapter; a directory's packed ones are kept or removed by hand.")
+    with progress("packing") as step:
+        report = compress_all(adapters, out, options, base=base, jobs=jobs, progress=step)
+    counts = ", ".join(f"{report.count(state)} {state}" for state in ("packed", "kept", "failed"))
+    show(f"packed adapters {out}", {"adapters": counts, "report": str(out / "reports" / "index.html")})
+    _print(
+        table(
+            ("adapter", "state", "true bits", "error", "stored", "note"),
+            [(r.name, r.state, r.true_bits or "", r.error or "", size(r.bytes or 0), r.reason) for r in report.rows],
+        )
+    )
+    if report.count("failed"):
+        raise typer.Exit(1)
 
 
 def expand(

@@ -9,6 +9,8 @@ One spelling everywhere (Python, CLI, files, reports), and ``Format.parse(str(f)
     uniform2:tensor  one range per tensor, mean +- 2 standard deviations (what LoftQ's own GLUE code does)
     book2:64    four levels learned per matrix, for heavy tails
     sign:128    one bit, +-1, scale = mean of absolute values
+    int8:row    8 bits, -127 to 127, the largest magnitude at the end
+    half:unit   IEEE half precision, uncoded (half:row: one more scale per row)
     +dq         suffix: the scales themselves in 8 bits, with one range per 256 of them (QLoRA's double quantization)
     +shift      suffix: one fp16 shift per group (QA-LoRA merges into it)
 
@@ -47,13 +49,15 @@ ROW = 0  # one scale for the whole row
 UNIT = -1  # no scale at all
 TENSOR = -2  # one scale and one shift for the whole tensor
 _NAMED = {"row": ROW, "unit": UNIT, "tensor": TENSOR}
+_WIDTHLESS = {"sign": 1, "half": 16}  # families of one width, which their spelling leaves out
 DQ_BLOCK = 256  # scales that share one range under +dq
 
-_FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "book": (2, 3), "sign": (1,)}
-_SPELLING = re.compile(r"(nf|lm|uniform|book|sign)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
+_FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "book": (2, 3), "sign": (1,), "int": (8,),
+             "half": (16,)}  # fmt: skip
+_SPELLING = re.compile(r"(nf|lm|uniform|book|sign|int|half)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
 KNOWN = (
-    "nf2..4, lm2..4, uniform2..4, book2..3 or sign, then ':' and a group (a multiple of 8, 'row', 'unit', or 'tensor' "
-    "for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
+    "nf2..4, lm2..4, uniform2..4, book2..3, sign, int8 or half, then ':' and a group (a multiple of 8, 'row', "
+    "'unit', or 'tensor' for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
 )
 
 
@@ -89,7 +93,11 @@ class Format:
             raise FormatError(f"format {self}: no {self.family} code of {self.bits} bits exists; use {KNOWN}.")
         if self.group > 0 and self.group % 8:
             raise FormatError(f"format {self}: the group {self.group} is not a multiple of 8; use {KNOWN}.")
-        if self.group == UNIT and self.family in ("uniform", "book"):
+        if self.family == "half" and (self.group not in (ROW, UNIT) or self.dq or self.shift):
+            raise FormatError(
+                f"format {self}: half precision takes one scale a row or none; use half:row or half:unit."
+            )
+        if self.group == UNIT and self.family in ("uniform", "book", "int"):
             raise FormatError(f"format {self}: a {self.family} code needs a scale; use a group or 'row'.")
         if self.group == TENSOR and self.family != "uniform":
             raise FormatError(f"format {self}: only uniform codes take one range per tensor; use a group or 'row'.")
@@ -102,22 +110,23 @@ class Format:
         if isinstance(text, Format):
             return text
         match = _SPELLING.fullmatch(text.strip())
-        if match is None or (match[1] == "sign") == bool(match[2]):
+        if match is None or (match[1] in _WIDTHLESS) == bool(match[2]):
             raise FormatError(f"unknown format {text!r}; use {KNOWN}.")
         group = _NAMED[match[3]] if match[3] in _NAMED else int(match[3])
         if group == 0 and match[3] != "row":
             raise FormatError(f"format {text!r}: a group of 0 values does not exist; use {KNOWN}.")
-        return cls(match[1], int(match[2] or 1), group, bool(match[4]), bool(match[5]))
+        bits = _WIDTHLESS.get(match[1]) or int(match[2])
+        return cls(match[1], bits, group, bool(match[4]), bool(match[5]))
 
     def __str__(self) -> str:
-        bits = "" if self.family == "sign" else str(self.bits)
+        bits = "" if self.family in _WIDTHLESS else str(self.bits)
         group = {value: name for name, value in _NAMED.items()}.get(self.group, self.group)
         return f"{self.family}{bits}:{group}{'+dq' * self.dq}{'+shift' * self.shift}"
 
     @property
     def levels(self) -> tuple[float, ...]:
         """The level of each code, ascending; 2**bits of them. ``uniform`` has 0, 1, ... before its zero point or shift;
-        ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor."""
+        ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor; ``half`` has no table."""
         return _levels(self.family, self.bits)
 
     @property
@@ -157,6 +166,10 @@ def _levels(family: str, bits: int) -> tuple[float, ...]:
         return (-1.0, 1.0)
     if family == "uniform":
         return tuple(float(i) for i in range(2**bits))
+    if family == "int":
+        return tuple(float(i - 128) for i in range(256))
+    if family == "half":
+        return ()
     if family in ("lm", "book"):
         half = LLOYD_MAX[bits]
         return tuple(-x for x in reversed(half)) + half

@@ -19,6 +19,7 @@ from bitloft.packed import (
     scale_exponent,
     scales_of,
     unpack_bits,
+    unpack_halves,
 )
 
 # Values handled at once: bounds the memory of encode and of a dequantized tile (4 MiB of float32).
@@ -33,7 +34,8 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
     max with zero on the grid (``ranges`` searches the range of least squared error instead; with +shift min and max as
     they are; per tensor mean +- 2 standard deviations, LoftQ's GLUE code), ``sign`` the mean of absolute values
     (LoRAQuant). With +dq, codes are chosen for the scales as they are stored, but for ``nf``, which QLoRA codes first.
-    Raises KernelError on NaN or infinity, FormatError for a scalar.
+    ``int`` takes the absolute maximum; ``half`` rounds.
+    Raises KernelError on NaN or infinity (``half`` also beyond its range), FormatError for a scalar.
     """
     fmt = Format.parse(fmt)
     layout(tuple(x.shape), fmt)  # refuses a scalar
@@ -42,6 +44,8 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
         raise KernelError(f"cannot encode a tensor of shape {tuple(x.shape)} to {fmt}: it holds NaN or infinity.")
     if not rows.numel():
         return _empty(tuple(x.shape), fmt, rows)
+    if fmt.family == "half":
+        return _encode_half(tuple(x.shape), rows, fmt)
     levels = learn_levels(rows, fmt) if fmt.has_levels else fmt.levels
     if fmt.group == TENSOR:
         return _encode_tensor(tuple(x.shape), rows, fmt)
@@ -143,6 +147,20 @@ def _encode_tensor(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], 
         found = search.on_grid(grouped - low, scale.expand(grouped.shape[0], 1), top)
         codes.append(_packed_codes(found, mask, chunk.shape[0], fmt))
     return PackedTensor.from_tensors(fmt, shape, parts | {"codes": torch.cat(codes)})
+
+
+def _encode_half(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], fmt: Format) -> PackedTensor:
+    """Half-precision patterns, of rows divided by their largest magnitude where the format stores a scale."""
+    scales = rows.abs().amax(1, keepdim=True) if fmt.group != UNIT else rows.new_zeros(rows.shape[0], 0)
+    exponent = scale_exponent(scales)
+    stored = pack_halves(scales, exponent)
+    divisors = unpack_halves(stored, exponent) if fmt.group != UNIT else rows.new_ones(rows.shape[0], 1)
+    values = (rows / torch.where(divisors > 0, divisors, 1.0)).to(torch.float16)
+    if not bool(torch.isfinite(values).all()):
+        raise KernelError(f"cannot encode a tensor of shape {shape} to {fmt}: a value is beyond half precision.")
+    padded = torch.nn.functional.pad(values, (0, fmt.width(rows.shape[1]) - rows.shape[1])).contiguous()
+    parts = {"codes": padded.view(torch.int8), "scales": stored, "exponent": exponent}
+    return PackedTensor.from_tensors(fmt, shape, parts)
 
 
 def _empty(shape: tuple[int, ...], fmt: Format, rows: Tensor) -> PackedTensor:

@@ -74,6 +74,9 @@ def levels_of(packed: PackedTensor) -> tuple[float, ...]:
 def _levels_of_bytes(
     codes: Tensor, fmt: Format, levels: tuple[float, ...], width: int, dtype: torch.dtype
 ) -> Float[Tensor, "rows width"]:
+    if fmt.family == "half":  # a copy: a view into a payload may begin at an odd byte
+        aligned = codes.clone(memory_format=torch.contiguous_format).flatten()
+        return aligned.view(torch.float16).to(dtype).view(codes.shape[0], width)
     if fmt.bits == 3:  # two planes: no single byte holds a code
         table = torch.tensor(levels, dtype=dtype, device=codes.device)
         return table[unpack_bits(codes, 3, width).int()]

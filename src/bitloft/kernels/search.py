@@ -63,8 +63,8 @@ def _scales(x: Tensor, mask: Tensor | None, fmt: Format, levels: tuple[float, ..
     if fmt.family == "sign":
         count = x.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1)
         return x.abs().sum(1, keepdim=True) / count
-    if fmt.family == "nf":
-        return x.abs().amax(1, keepdim=True)
+    if fmt.family in ("nf", "int"):
+        return x.abs().amax(1, keepdim=True) / (127 if fmt.family == "int" else 1)
     if fmt.family == "lm" and fmt.bits == 2:
         return _two_level_scale(x, mask, levels)
     return _alternate(x, mask, levels)

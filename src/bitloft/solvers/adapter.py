@@ -5,6 +5,9 @@ carries the singular values, and every norm and inner product of two products is
 
     <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T))
 
+Errors may be weighed by where inputs are: |D L|^2 = tr(D S D^T) is the mean square of D x over inputs x with second
+moment S = L L^T, so A L takes the place of A in all of the above (a whitened SVD).
+
 A full SVD of B @ A costs out*in*min(out, in) instead of (out + in)*r^2, a factor of about 10^4 for a 4096-wide model.
 """
 
@@ -15,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitloft.errors import AdapterError
+from bitloft.errors import AdapterError, OptionError
 from bitloft.kernels.ops import decode
 from bitloft.packed import PackedTensor
 
@@ -32,27 +35,78 @@ class PackedBlock:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """The trained factors as rows: A [r, in] and B^T [r, out], the factor s folded into ``bt``."""
+
+    a: Float[Tensor, "rank columns"]
+    bt: Float[Tensor, "rank out"]
+
+
+@dataclass(frozen=True)
+class Loose:
+    """Factors that the file has no layout for, and the bytes that they would take: for comparison, never packed."""
+
+    a: Float[Tensor, "k columns"]
+    bt: Float[Tensor, "k out"]
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Components:
-    """s*B@A = sum_i s_i u_i v_i^T, components as rows, s descending; rows of ``u`` and ``v`` have norm 1."""
+    """s*B@A = sum_i s_i u_i v_i^T, components as rows, s descending.
+
+    ``root`` is L with S = L L^T, S [in, in] being the second moment of the module's inputs; None stands for I. The norm
+    in which the s are singular values, and in which every error is measured, is |D L|: rows of ``u`` have norm 1, rows
+    of ``v @ L`` too, and both are orthogonal.
+    """
 
     u: Float[Tensor, "rank out"]
     s: Float[Tensor, " rank"]
     v: Float[Tensor, "rank columns"]
+    root: Float[Tensor, "columns columns"] | None = None
 
     @property
     def energy(self) -> float:
-        """|s*B@A|^2 (Frobenius)."""
+        """|s*B@A @ L|^2 (Frobenius)."""
         return float(self.s.double().square().sum())
 
+    def seen(self, rows: Float[Tensor, "k columns"]) -> Float[Tensor, "k columns"]:
+        """Rows as the metric sees them, rows @ L, in double precision."""
+        return rows.double() if self.root is None else rows.double() @ self.root.double()
 
-def components(a: Float[Tensor, "rank columns"], b: Float[Tensor, "out rank"], scaling: float) -> Components:
+
+def root_of(moment: Float[Tensor, "columns columns"], damping: float = 0.01) -> Float[Tensor, "columns columns"]:
+    """L lower triangular with L L^T = S + damping * mean(diag S) * I, of a second moment S = mean of x x^T.
+
+    The damping keeps inputs that the calibration text never used from being free to err. Raises OptionError where S is
+    not square, not finite or not positive.
+    """
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not bool(torch.isfinite(moment).all()):
+        raise OptionError(f"an input second moment of shape {tuple(moment.shape)} must be square and finite.")
+    s = moment.double()
+    mean = float(s.diagonal().mean())
+    found, failed = torch.linalg.cholesky_ex((s + s.T) / 2 + damping * mean * torch.eye(len(s), dtype=s.dtype))
+    if mean <= 0 or bool(failed):
+        raise OptionError(f"an input second moment of shape {tuple(moment.shape)} is not positive; collect it anew.")
+    lower: Tensor = found.float()
+    return lower
+
+
+def components(
+    a: Float[Tensor, "rank columns"],
+    b: Float[Tensor, "out rank"],
+    scaling: float,
+    root: Float[Tensor, "columns columns"] | None = None,
+) -> Components:
     """Thin SVD of ``scaling * b @ a`` through QR of both factors, in double precision.
 
-    Components that are only rounding noise get s = 0. The sign is fixed (the largest entry of each u is positive), so
-    the bytes that follow do not depend on LAPACK's choice. Raises AdapterError where the product leaves float32.
+    With ``root`` L it is the SVD of ``scaling * b @ a @ L`` (whitened), whose v L^-1 are the rows of ``v``. Components
+    that are only rounding noise get s = 0. The sign is fixed (the largest entry of each u is positive), so the bytes
+    that follow do not depend on LAPACK's choice. Raises AdapterError where the product leaves float32.
     """
+    right = a.double() if root is None else a.double() @ root.double()
     qb, rb = torch.linalg.qr(b.double())
-    qa, ra = torch.linalg.qr(a.double().T)
+    qa, ra = torch.linalg.qr(right.T)
     u, s, vt = torch.linalg.svd(scaling * (rb @ ra.T))
     rows, columns = (qb @ u).T, vt @ qa.T
     flip = torch.where(rows.gather(1, rows.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
@@ -61,15 +115,22 @@ def components(a: Float[Tensor, "rank columns"], b: Float[Tensor, "out rank"], s
         raise AdapterError(
             f"the product of the factors reaches {float(s[0]):.3g}, beyond float32; the adapter is damaged."
         )
-    return Components((rows * flip).float().contiguous(), s.float(), (columns * flip).float().contiguous())
+    if root is not None:
+        columns = torch.linalg.solve_triangular(root.double(), columns, upper=False, left=False)
+    return Components((rows * flip).float().contiguous(), s.float(), (columns * flip).float().contiguous(), root)
 
 
-def product_error(exact: Components, blocks: Iterable[PackedBlock]) -> float:
-    """|sum_i s_i u_i v_i^T - sum_blocks bt^T a|^2 (Frobenius) of what is stored, to about 1e-7 of the energy."""
-    stored = [(decode(block.bt).double(), decode(block.a).double()) for block in blocks]
+def product_error(exact: Components, blocks: Iterable[PackedBlock | Loose]) -> float:
+    """|(sum_i s_i u_i v_i^T - sum_blocks bt^T a) L|^2 (Frobenius) of what is stored, to about 1e-7 of the energy."""
+    stored = [(bt.double(), exact.seen(a)) for a, bt in map(factors, blocks)]
     if not stored:
         return exact.energy
     bt, a = torch.cat([s[0] for s in stored]), torch.cat([s[1] for s in stored])
-    cross = ((bt @ exact.u.double().T) * (a @ exact.v.double().T) * exact.s.double()).sum()
+    cross = ((bt @ exact.u.double().T) * (a @ exact.seen(exact.v).T) * exact.s.double()).sum()
     own = ((bt @ bt.T) * (a @ a.T)).sum()
     return max(exact.energy - 2 * float(cross) + float(own), 0.0)
+
+
+def factors(block: PackedBlock | Loose) -> tuple[Float[Tensor, "k columns"], Float[Tensor, "k out"]]:
+    """A [k, in] and B^T [k, out] as numbers."""
+    return (block.a, block.bt) if isinstance(block, Loose) else (decode(block.a), decode(block.bt))

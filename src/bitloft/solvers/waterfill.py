@@ -5,7 +5,8 @@
 c^u, c^v are codes on Lloyd-Max levels (signs at one bit). A rank-1 product needs one scale only, so A stores fp16
 s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) / (c^u.c^u c^v.c^v) is the least-squares choice, and the
 error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is known before anything is packed. Bits then go wherever they
-lower the error most per byte, jumps over widths included (the lower convex hull of each component's error curve).
+lower the error most per byte, jumps over widths included (the lower convex hull of each component's error curve). Where
+the components carry an input metric, cosines and errors of the v side are taken in it.
 
 The alternative not taken, a share of the budget per matrix, ignores that the spectra of real adapters are steep and
 differ tenfold between matrices: measured on trained adapters, one budget for all is where most of the gain comes from.
@@ -61,8 +62,8 @@ def code(exact: Components) -> Coded:
 def _code_at(exact: Components, bits: int) -> tuple[PackedTensor, PackedTensor, Tensor, Tensor]:
     """Unit codes of v and u, the scale g of their product and the part of the energy that is lost."""
     v, u = _unit_codes(exact.v, bits), _unit_codes(exact.u, bits)
-    inner_v, norm_v = _fit(exact.v, v)
-    inner_u, norm_u = _fit(exact.u, u)
+    inner_v, norm_v = _fit(exact.seen(exact.v), exact.seen(decode(v)))
+    inner_u, norm_u = _fit(exact.u.double(), decode(u).double())
     g = inner_v * inner_u / (norm_v * norm_u)
     lost = 1 - (inner_v * inner_u).square() / (norm_v * norm_u)
     return v, u, g.float(), lost.clamp_min(0)
@@ -77,10 +78,9 @@ def _unit_codes(x: Float[Tensor, "rank columns"], bits: int) -> PackedTensor:
 
 
 def _fit(
-    x: Float[Tensor, "rank columns"], codes: PackedTensor
+    x: Float[Tensor, "rank columns"], levels: Float[Tensor, "rank columns"]
 ) -> tuple[Float[Tensor, " rank"], Float[Tensor, " rank"]]:
-    levels = decode(codes)
-    return (x * levels).sum(1, dtype=torch.float64), levels.square().sum(1, dtype=torch.float64)
+    return (x * levels).sum(1), levels.square().sum(1)
 
 
 def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " _"]], int]:
@@ -94,6 +94,12 @@ def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " _"
             continue
         widths[component], spent = bits, spent + cost
     return list(widths.split(ranks)), spent
+
+
+def predicted(coded: Sequence[Coded], budget: int) -> float:
+    """The squared error that ``allocate`` leaves under ``budget``, before joint refinement."""
+    widths, _ = allocate(coded, budget)
+    return sum(float(c.errors.gather(0, w[None]).sum()) for c, w in zip(coded, widths, strict=True))
 
 
 def least(coded: Sequence[Coded]) -> list[Int[Tensor, " _"]] | None:
