@@ -39,7 +39,7 @@ def decode_rows(
 ) -> Float[Tensor, "some columns"]:
     """The values of some rows of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[rows]``.
 
-    Raises KernelError for a tensor that is no matrix.
+    Raises KernelError for a tensor that is no matrix, IndexError (on CPU) for a row that does not exist.
     """
     if len(packed.shape) != 2:
         raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
@@ -50,7 +50,8 @@ def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[
     """Values of some rows, padding columns included."""
     fmt, columns = packed.format, packed.shape[-1]
     width = fmt.width(columns)
-    values = _levels_of_bytes(packed.codes[rows], fmt, levels_of(packed), width, dtype)
+    codes = packed.codes[rows] if isinstance(rows, slice) else embedding(rows, packed.codes)  # refuses numbers below 0
+    values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
     if fmt.group == UNIT or not values.numel():
         return values
     scales = scales_of(packed, rows, dtype)
