@@ -205,6 +205,18 @@ def test_encoding_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("spelling", [*FORMATS, "nf4:64+dq", "lm2:64+shift", "uniform2:tensor", "book3:64"])
+def test_columns_by_number_are_those_of_the_whole(spelling: str) -> None:
+    packed = encode(torch.randn(9, 100), spelling)
+    columns = torch.tensor([99, 0, 0, 63, 64, 5])
+    assert torch.equal(ops.decode_columns(packed, columns), decode(packed)[:, columns])
+    assert torch.equal(ops.decode_columns(packed, torch.arange(100)), decode(packed))
+    assert ops.decode_columns(packed, columns[:0]).shape == (9, 0)
+    assert ops.decode_columns(packed, columns, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(KernelError, match="decode_columns takes a matrix"):
+        ops.decode_columns(encode(torch.randn(2, 3, 64), spelling), columns)
+
+
+@pytest.mark.parametrize("spelling", [*FORMATS, "nf4:64+dq", "lm2:64+shift", "uniform2:tensor", "book3:64"])
 def test_rows_by_number_are_those_of_the_whole(spelling: str) -> None:
     packed = encode(torch.randn(9, 100), spelling)
     rows = torch.tensor([8, 0, 0, 5])
