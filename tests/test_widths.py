@@ -21,6 +21,7 @@ from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
 from bitloft.quantize import quantize
 from bitloft.rules import resolve
+from tests.architectures import make
 from tests.helpers import WORDS, tiny_llama
 
 
@@ -67,6 +68,20 @@ def test_options_of_an_allocation_resolve_to_it() -> None:
     options = widths._with_formats(QuantizeOptions(), formats)
     assert {name: plan.format for name, plan in resolve(formats, options).items()} == formats
     assert options.format == "lm4:64"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gpt2", {}), ("mixtral", {}), ("bart", {}), ("qwen2", {"embeddings": True, "head": True})],
+)
+def test_every_kind_of_module_takes_part(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Conv1D is measured as it is packed, a layer's experts and a tied table once."""
+    make(name).save_pretrained(tmp_path / "model")
+    report = quantize(tmp_path / "model", tmp_path / "base", target_bits=3.0, solver="qlora", **settings)
+    assert report.widths is not None
+    assert report.widths.true_bits == pytest.approx(report.true_bits, rel=1e-6)
+    assert 2.25 < report.true_bits <= 3.0
+    assert len({m.format for m in report.matrices}) > 1
 
 
 def test_the_papers_rule_and_patterns_on_the_command_line(uneven: Path, tmp_path: Path) -> None:
