@@ -26,7 +26,8 @@ from bitloft.integrations.skeleton import UNPACKED
 from bitloft.integrations.source import Source, open_source
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
-from bitloft.shards import INDEX, Slots, lay_out, reserve
+from bitloft.shards import INDEX
+from bitloft.slots import Slots, lay_out, reserve
 from bitloft.stream import Plan, Progress, make_plan, run
 from bitloft.widths import Widths, choose_widths
 
