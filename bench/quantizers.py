@@ -29,10 +29,10 @@ from bitloft.formats import Format
 from bitloft.kernels.ops import decode, encode
 
 FORMATS = (
-    "nf2:64", "nf3:64", "nf4:64", "nf4:32", "nf4:32+dq", "nf4:64+dq", "nf2:64+dq", "lm2:32", "lm2:64", "lm2:64+dq", "lm2:128", "lm2:64+shift",
-    "lm3:32", "lm3:64", "lm3:64+dq", "lm4:32", "lm4:64", "lm4:64+dq", "lm4:64+shift", "book2:64", "book2:64+dq",
-    "book3:64", "book3:64+dq", "uniform2:64", "uniform3:64", "uniform4:64", "uniform2:tensor", "uniform3:tensor",
-    "uniform4:tensor", "sign:64",
+    "nf2:64", "nf2:64+dq", "nf3:64", "nf4:32", "nf4:32+dq", "nf4:64", "nf4:64+dq",
+    "lm2:32", "lm2:64", "lm2:64+dq", "lm2:128", "lm2:64+shift", "lm3:32", "lm3:64", "lm3:64+dq",
+    "lm4:32", "lm4:64", "lm4:64+dq", "lm4:64+shift", "book2:64", "book2:64+dq", "book3:64", "book3:64+dq",
+    "uniform2:64", "uniform3:64", "uniform4:64", "uniform2:tensor", "uniform3:tensor", "uniform4:tensor", "sign:64",
 )  # fmt: skip
 QUICK = (
     "nf2:64",

@@ -36,9 +36,9 @@ from bitloft.solvers import solve
 
 FORMATS = (
     "uniform2:tensor", "nf2:64", "book2:64", "lm2:64", "lm2:64+dq", "uniform2:64", "nf3:64", "lm3:64", "book3:64",
-    "uniform3:64", "nf4:64", "nf4:64+dq", "lm4:64", "lm4:64+dq", "uniform4:64",
+    "uniform3:64", "nf4:64", "nf4:64+dq", "lm4:64", "lm4:64+dq", "uniform4:64", "lm2:64+shift", "lm4:64+shift",
 )  # fmt: skip
-SOLVERS = (("qlora", 1), ("loftq", 1), ("loftq", 5))  # with T
+SOLVERS = (("qlora", 1), ("loftq", 1), ("loftq", 5), ("qalora", 1))  # with T; qalora needs a shift per group
 QUICK = ("nf2:64", "lm2:64", "nf4:64")
 
 
@@ -89,7 +89,9 @@ def _grid(case: Case, formats: tuple[str, ...], cells: harness.Cells) -> list[di
     weights = {name: case.model.get_submodule(name).weight.data.clone() for name in chosen}
     for spelling in formats:
         for solver, steps in SOLVERS:
-            rank = 0 if solver == "qlora" else case.rank
+            if solver == "qalora" and not spelling.endswith("+shift"):
+                continue
+            rank = case.rank if solver == "loftq" else 0
             key = {"model": case.name, "format": spelling, "solver": solver, "steps": steps, "rank": rank}
             plan, options = ModulePlan(spelling, solver, rank), QuantizeOptions(steps=steps)
             rows.append(cells.get(key, lambda plan=plan, options=options: _cell(case, weights, plan, options)))

@@ -22,13 +22,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
 
 from bitloft.kernels.ops import encode
-from bitloft.shards import INDEX, Spec, lay_out, open_shards, reserve, shard_files, write
+from bitloft.shards import INDEX, Spec, open_shards, shard_files
+from bitloft.slots import lay_out, reserve, write
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -60,7 +63,7 @@ def main() -> int:
     arguments.threads = arguments.threads or 1  # of each process, as quantize has it
     harness.begin(arguments)
     shape = arguments.shape or {"smoke": "tiny", "quick": "1b", "full": "7b"}[arguments.mode]
-    options = {"format": "nf2:64", "solver": "loftq", "rank": RANKS[shape]}
+    options: dict[str, Any] = {"format": "nf2:64", "solver": "loftq", "rank": RANKS[shape]}
     run = {"jobs": arguments.jobs, "threads": arguments.threads}
     place = Path(tempfile.mkdtemp(prefix="bitloft-stream-", dir=arguments.dir))
     try:
@@ -172,7 +175,7 @@ def floor_seconds(model: Path, fmt: str, run: dict[str, int]) -> tuple[float, fl
     for size, count in counts.items():
         rows = min(size[0], max(64, (1 << 24) // size[1]))  # part of a large matrix: time is proportional to its rows
         weight = heavy_tailed(rows * size[1]).float().view(rows, size[1])
-        seconds, _ = harness.seconds_of(lambda weight=weight: encode(weight, fmt), 2)
+        seconds, _ = harness.seconds_of(partial(encode, weight, fmt), 2)
         encoded += seconds * count * size[0] / rows
     return read, encoded / run["jobs"]
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("kernels",),
     ("solvers", "checkpoint"),
     ("shards", "journal"),
-    ("float8",),
+    ("slots", "float8"),
     ("adapter_config",),
     ("adapter_table",),
     ("adapter_files",),

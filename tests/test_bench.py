@@ -27,7 +27,7 @@ def bench(name: str) -> Any:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # bitsandbytes
 def test_smoke_ends_with_one_json_object(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

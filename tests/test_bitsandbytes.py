@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from bitloft.errors import OptionError
@@ -45,6 +47,27 @@ def test_codes_are_those_of_bitsandbytes() -> None:
     x = torch.randn(8, 128)
     theirs, _ = functional.quantize_4bit(x, blocksize=64, quant_type="nf4")
     assert torch.equal(stored_tensors(encode(x, "nf4:64"), torch.float32)["weight"], theirs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 8),
+    group=st.sampled_from(["32", "64", "96", "128", "256", "row"]),
+    dq=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_layout_as_documented_gives_the_values(rows: int, blocks: int, group: str, dq: bool, seed: int) -> None:
+    """High nibble first, blocks over the flat weight: read without the package."""
+    columns = 32 * blocks
+    spelling = f"nf4:{group}" + "+dq" * (dq and group != "row")
+    packed = encode(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), spelling)
+    tensors = stored_tensors(packed, torch.float32)
+    byte = tensors["weight"].flatten().int()
+    codes = torch.stack([byte >> 4, byte & 15], dim=1).flatten()
+    block = json.loads(tensors[f"weight.{STATE}"].numpy().tobytes())["blocksize"]
+    values = tensors["weight.quant_map"][codes] * tensors["weight.absmax"].repeat_interleave(block)
+    assert torch.equal(values.view(rows, columns), decode(packed))
 
 
 def test_rows_that_no_block_divides_are_refused() -> None:

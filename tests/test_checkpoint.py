@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bitloft.checkpoint import (
+    copy_companions,
     fingerprint,
     ignored_pickles,
     read_header,
@@ -182,3 +183,19 @@ def test_a_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:
     assert first == fingerprint([b, a])
     b.write_bytes(b"3")
     assert first != fingerprint([a, b])
+
+
+def test_companions_are_what_a_model_needs_beside_its_weights(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    wanted = ("tokenizer.json", "chat_template.jinja", "vocab.txt", "generation_config.json")
+    others = ("model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json", "README.md",
+              "bitloft_report.json", "training_args.bin", ".hidden")  # fmt: skip
+    for name in (*wanted, *others):
+        (source / name).write_text("source", encoding="utf-8")
+    (source / "folder").mkdir()
+    (target / "generation_config.json").write_text("target", encoding="utf-8")
+    copy_companions(source, target)
+    assert {file.name for file in target.iterdir()} == set(wanted)
+    assert (target / "generation_config.json").read_text(encoding="utf-8") == "target"

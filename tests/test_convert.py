@@ -21,6 +21,7 @@ from bitloft.integrations.transformers import base_record, load
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
 from bitloft.quantize import quantize
+from tests.architectures import inputs, make
 from tests.helpers import WORDS, make_adapter, tiny_llama
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -65,7 +66,12 @@ def logits(model: Any, adapter: Path | None = None) -> torch.Tensor:
 
 
 def plain(directory: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    return loaded(AutoModelForCausalLM, directory)
+
+
+def loaded(kind: Any, directory: Path) -> Any:
+    """A model as transformers alone reads it, computing in float32."""
+    model = kind.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' own kernel computes in bfloat16
@@ -246,6 +252,38 @@ def test_conv1d_goes_to_bitsandbytes(gpt2: Path, tmp_path: Path) -> None:
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Linear4bit"
     adapted = PeftModel.from_pretrained(model, tmp_path / "out" / "start").eval()
     torch.testing.assert_close(logits(adapted), logits(load(gpt2)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "deberta_v3", "albert", "phi"])
+def test_every_architecture_goes_dense_and_to_bitsandbytes(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make(name).save_pretrained(tmp_path / "m")
+    quantize(tmp_path / "m", tmp_path / "base", format="nf4:32", rank=2, steps=1)
+    base, given = load(tmp_path / "base"), inputs(name)
+    convert(tmp_path / "base", tmp_path / "dense")
+    report = convert(tmp_path / "base", tmp_path / "bnb", to="bitsandbytes")
+    assert any("wo is written dense: transformers keeps it in float32" in note for note in report.notes) == (
+        name == "t5"
+    )
+    dense, exported = (loaded(type(base), tmp_path / kind) for kind in ("dense", "bnb"))
+    adapted = PeftModel.from_pretrained(exported, tmp_path / "bnb" / "start").eval()
+    with torch.no_grad():
+        expected = base(**given).logits
+        torch.testing.assert_close(dense(**given).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(adapted(**given).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_go_dense_alone(name: str, tmp_path: Path) -> None:
+    make(name).save_pretrained(tmp_path / "m")
+    quantize(tmp_path / "m", tmp_path / "base", format="nf4:32", rank=2, steps=1)
+    convert(tmp_path / "base", tmp_path / "out")
+    base = load(tmp_path / "base")
+    dense = loaded(type(base), tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(dense(**inputs(name)).logits, base(**inputs(name)).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(OptionError, match="is packed as experts, and bitsandbytes stores linears alone"):
+        convert(tmp_path / "base", tmp_path / "bnb", to="bitsandbytes")
 
 
 def test_a_packed_table_is_dense_again_but_not_bitsandbytes(tiny_model: Path, tmp_path: Path) -> None:

@@ -53,6 +53,12 @@ def test_rows_come_in_the_dtype_asked_for_and_no_cast_touches_a_stored_byte() ->
     assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in made.state_dict().items())
 
 
+def test_ids_that_do_not_exist_are_refused() -> None:
+    for wrong in (-1, 100):
+        with pytest.raises(IndexError):
+            table()(torch.tensor([0, wrong]))
+
+
 def test_a_scale_multiplies_the_rows_and_gemma_rounds_it_first() -> None:
     plain = table()
     torch.manual_seed(0)

@@ -136,6 +136,15 @@ def test_a_tied_table_under_any_of_its_names(tmp_path: Path, caplog: pytest.LogC
     assert "two tables for transformer.wte, which this model ties, and they differ" in caplog.text
 
 
+def test_a_packed_table_or_head_is_not_resized(tmp_path: Path) -> None:
+    for name, settings in (("gpt2", {"embeddings": True, "head": True}), ("llama", {"head": True})):
+        model = on_load(name, tmp_path / name, **settings)
+        with pytest.raises(CheckpointError, match="packed and cannot be resized; resize the dense model"):
+            model.resize_token_embeddings(100)
+        assert model.dequantize(torch.float32).resize_token_embeddings(100).num_embeddings == 100
+    assert on_load("llama", tmp_path / "dense").resize_token_embeddings(100).num_embeddings == 100
+
+
 def test_half_of_a_tied_matrix_is_refused_on_load(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="ask for both"):
         on_load("gpt2", tmp_path, embeddings=True)

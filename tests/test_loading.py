@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import bitloft
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, CheckpointError, OptionError
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import base_record, load, load_tokenizer, stored_dtype
 from bitloft.modules.linear import quant_linears
 from bitloft.quantize import quantize
 from tests.helpers import make_adapter
@@ -123,3 +123,11 @@ def test_adapters_of_another_base_are_refused(tiny_model: Path, packed: dict[str
         load(tmp_path / "other", adapters={"one": packed["one"]})
     with pytest.raises(AdapterError, match="is not a packed adapter; make one with"):
         load(tmp_path / "other", adapters={"x": tiny_model})
+
+
+def test_the_stored_dtype_is_the_config_s(tmp_path: Path) -> None:
+    for dtype, expected in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("nonsense", torch.float32)):
+        (tmp_path / "config.json").write_text(json.dumps({"dtype": dtype}), encoding="utf-8")
+        assert stored_dtype(tmp_path) == expected
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert stored_dtype(tmp_path) == torch.float32

@@ -1,14 +1,17 @@
 """LoftQ: the theorem (below QLoRA on every matrix), the scaling, the best iterate, the seed."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from bitloft.errors import OptionError
 from bitloft.formats import Format
-from bitloft.kernels.ops import decode
+from bitloft.kernels.ops import decode, encode
+from bitloft.packed import PackedTensor
 from bitloft.solvers.base import Solution, relative
-from bitloft.solvers.loftq import loftq
+from bitloft.solvers.loftq import MOST, SETTLED, loftq
 from bitloft.solvers.lowrank import generator_for
 from bitloft.solvers.qlora import qlora
 
@@ -49,6 +52,22 @@ def test_more_steps_never_end_worse() -> None:
     weight = torch.randn(64, 128)
     errors = [solved(weight, "uniform2:64", steps=t).error_after for t in (1, 2, 5, 10)]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_without_steps_it_stops_where_a_step_repairs_less_than_a_thousandth(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 128)
+    best = [solved(weight, "nf2:64", steps=t).error_after for t in range(1, MOST + 1)]
+    settled = (t + 1 for t in range(1, MOST) if best[t] >= best[t - 1] * (1 - SETTLED))
+    taken = next(settled, MOST)
+    calls: list[Tensor] = []
+
+    def counted(x: Tensor, fmt: Format) -> PackedTensor:
+        calls.append(x)
+        return encode(x, fmt)
+
+    monkeypatch.setattr(sys.modules["bitloft.solvers.loftq"], "encode", counted)
+    assert solved(weight, "nf2:64", steps=None).error_after == best[taken - 1]
+    assert len(calls) == taken
 
 
 def test_close_to_the_plain_algorithm_with_full_svds() -> None:

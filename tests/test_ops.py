@@ -212,3 +212,29 @@ def test_encoding_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(encoding, "TILE", 600)
         parts = encode(x, spelling).tensors()
         assert all(torch.equal(part, parts[name]) for name, part in whole.tensors().items()), spelling
+
+
+@pytest.mark.parametrize("spelling", [*FORMATS, "nf4:64+dq", "lm2:64+shift", "uniform2:tensor", "book3:64"])
+def test_columns_by_number_are_those_of_the_whole(spelling: str) -> None:
+    packed = encode(torch.randn(9, 100), spelling)
+    columns = torch.tensor([99, 0, 0, 63, 64, 5])
+    assert torch.equal(ops.decode_columns(packed, columns), decode(packed)[:, columns])
+    assert torch.equal(ops.decode_columns(packed, torch.arange(100)), decode(packed))
+    assert ops.decode_columns(packed, columns[:0]).shape == (9, 0)
+    assert ops.decode_columns(packed, columns, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(KernelError, match="decode_columns takes a matrix"):
+        ops.decode_columns(encode(torch.randn(2, 3, 64), spelling), columns)
+
+
+@pytest.mark.parametrize("spelling", [*FORMATS, "nf4:64+dq", "lm2:64+shift", "uniform2:tensor", "book3:64"])
+def test_rows_by_number_are_those_of_the_whole(spelling: str) -> None:
+    packed = encode(torch.randn(9, 100), spelling)
+    rows = torch.tensor([8, 0, 0, 5])
+    assert torch.equal(ops.decode_rows(packed, rows), decode(packed)[rows])
+    assert ops.decode_rows(packed, rows[:0]).shape == (0, 100)
+    for wrong in (-1, 9):
+        with pytest.raises(IndexError):
+            ops.decode_rows(packed, torch.tensor([0, wrong]))
+    assert ops.decode_rows(packed, rows, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(KernelError, match="decode_rows takes a matrix"):
+        ops.decode_rows(encode(torch.randn(2, 3, 64), spelling), rows)

@@ -127,6 +127,16 @@ def test_subclasses_with_a_forward_of_their_own_are_left() -> None:
     assert "cannot read a packed one" in select(tied, embeddings=True, head=True).left["model.embed"]
 
 
+def test_routers_and_thin_matrices_are_left() -> None:
+    model = Toy()
+    block = nn.ModuleDict({"gate": nn.Linear(8, 16), "experts": nn.ModuleList(), "shared_expert_gate": nn.Linear(8, 1)})
+    model.model.add_module("mlp", block)
+    model.model.add_module("thin", nn.Linear(8, 4))
+    left = select(model).left
+    assert left["model.mlp.gate"] == left["model.mlp.shared_expert_gate"] == "routers are kept in 16 bit"
+    assert left["model.thin"] == "4 x 8 is too thin: packing saves nothing"
+
+
 class OtherExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

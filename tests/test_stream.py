@@ -25,7 +25,7 @@ from bitloft.journal import Journal
 from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
 from bitloft.quantize import TIMES, quantize
-from bitloft.shards import write
+from bitloft.slots import write
 from tests.helpers import tiny_llama
 
 SETTINGS: dict[str, Any] = {"format": "lm2:64", "rank": 2, "steps": 1}

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from bitloft import widths
+from bitloft import console, widths
+from bitloft.cli import app
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.formats import Format
 from bitloft.integrations import register
@@ -19,6 +21,7 @@ from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
 from bitloft.quantize import quantize
 from bitloft.rules import resolve
+from tests.architectures import make
 from tests.helpers import WORDS, tiny_llama
 
 
@@ -67,6 +70,51 @@ def test_options_of_an_allocation_resolve_to_it() -> None:
     assert options.format == "lm4:64"
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gpt2", {}), ("mixtral", {}), ("bart", {}), ("qwen2", {"embeddings": True, "head": True})],
+)
+def test_every_kind_of_module_takes_part(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Conv1D is measured as it is packed, a layer's experts and a tied table once."""
+    make(name).save_pretrained(tmp_path / "model")
+    report = quantize(tmp_path / "model", tmp_path / "base", target_bits=3.0, solver="qlora", **settings)
+    assert report.widths is not None
+    assert report.widths.true_bits == pytest.approx(report.true_bits, rel=1e-6)
+    assert 2.25 < report.true_bits <= 3.0
+    assert len({m.format for m in report.matrices}) > 1
+
+
+def test_the_papers_rule_and_patterns_on_the_command_line(uneven: Path, tmp_path: Path) -> None:
+    """The first half of the layers at 4 bits, the rest at 2: 3 payload bits, as LoftQ's table 5 counts them."""
+    flags = ["--first-layers", "2=nf4:64", "--rest", "nf2:64", "--rank", "4", "--rank-for", "q_proj=2"]
+    flags += ["--rank-for", "k_proj=0", "--alpha-for", "q_proj=8", "--steps", "auto"]
+    done = CliRunner().invoke(app, ["quantize", str(uneven), "--out", str(tmp_path / "base"), *flags])
+    assert done.exit_code == 0, done.output
+    assert "nf4:64 (14), nf2:64 (14)" in done.stdout
+    report = json.loads((tmp_path / "base" / "bitloft_report.json").read_text())
+    assert report["payload_bits"] == 3.0
+    register()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    original = load_file(uneven / "model.safetensors")
+    layers = quant_linears(model)
+    for row in report["matrices"]:
+        layer = layers[row["name"]]
+        rank = 2 if "q_proj" in row["name"] else 0 if "k_proj" in row["name"] else 4
+        assert (layer.rank, layer.scaling) == (rank, 4.0 if rank == 2 else float(rank > 0))
+        weight = original[f"{row['name']}.weight"].float()
+        error = float((weight - layer.dense()).norm() / weight.norm())
+        assert error == pytest.approx(row["error_after"], rel=1e-4)
+        assert row["error_after"] < row["error_before"] or not rank
+
+
+def test_the_command_line_tells_what_a_target_came_to(uneven: Path, tmp_path: Path) -> None:
+    flags = ["--out", str(tmp_path / "base"), "--target-bits", "3.5", "--rank", "2"]
+    done = CliRunner().invoke(app, ["quantize", str(uneven), *flags], env={"COLUMNS": "300"})
+    assert done.exit_code == 0, done.output
+    assert "target 3.5: squared error" in done.stdout
+    assert "not checked on text (give --check-text)" in done.stdout
+
+
 def test_without_a_target_nothing_happens(uneven: Path) -> None:
     options = QuantizeOptions()
     assert widths.choose_widths(open_source(str(uneven)), options) == (options, None)
@@ -83,6 +131,7 @@ def test_widths_are_kept_only_where_text_says_so(
     assert report.widths.kept == kept
     assert {report.widths.perplexity, report.widths.uniform_perplexity} == {10.0, 12.0}
     assert (len({m.format for m in report.matrices}) > 1) == better
+    assert f"{kept} kept" in console._widths(report.widths)
 
 
 def test_the_perplexity_is_that_of_the_written_base(uneven: Path, tmp_path: Path) -> None:

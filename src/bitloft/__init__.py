@@ -21,6 +21,7 @@ _PUBLIC = {
     "merge": "bitloft.merge",
     "convert": "bitloft.convert",
     "evaluate": "bitloft.evaluate",
+    "start_for": "bitloft.starts",
     "load": "bitloft.integrations.transformers",
     "register": "bitloft.integrations",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "quantize",
     "register",
+    "start_for",
     "train",
 ]
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bitloft.merge import merge
     from bitloft.packed import PackedTensor
     from bitloft.quantize import quantize
+    from bitloft.starts import start_for
     from bitloft.train import train
 
 

@@ -19,9 +19,10 @@ base_model: {report.source}
 
 | | |
 |---|---|
-| format | `{options.format}`, solver `{options.solver}` |
+| format | {report.formats}, solver `{options.solver}` |
 | start (LoRA repair inside the base) | {start} |
 | true bits per packed weight | {report.true_bits:.3f} ({report.true_bits_with_start:.3f} with the start) |
+| payload bits per packed weight | {report.payload_bits:.3f} (codes alone) |
 | packed weights | {report.weights:,} in {len(report.matrices)} matrices |
 | kept in 16 or 32 bit | embeddings {report.embedding_bytes:,} bytes, other {report.other_bytes:,} bytes |
 | fingerprint | `{report.fingerprint}` |

@@ -88,7 +88,7 @@ def main() -> None:
         print(f"bitloft: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("bitloft: interrupted; nothing half-written was left.", file=sys.stderr)
+        print("bitloft: interrupted; nothing half-written was left (--resume goes on).", file=sys.stderr)
         sys.exit(130)
 
 

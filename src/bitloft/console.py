@@ -54,8 +54,10 @@ def quantize(
     show(
         f"{report.source} -> {report.out}",
         {
-            "packed": f"{len(report.matrices)} matrices, {report.weights:,} weights in {options.format}",
+            "packed": f"{len(report.matrices)} matrices, {report.weights:,} weights in {report.formats}",
+            "payload bits": f"{report.payload_bits:.3f} per weight, codes alone",
             "true bits": f"{report.true_bits:.3f} per weight, {report.true_bits_with_start:.3f} with the start",
+            "widths": _widths(report.widths),
             "mean error": f"{before:.4f} rounded, {after:.4f} with the start (relative Frobenius norm)",
             "stored": f"{size(report.stored_bytes)}, of it embeddings {size(report.embedding_bytes)}",
             "was": size(report.source_bytes),
@@ -65,6 +67,17 @@ def quantize(
             "time": f"{report.seconds:.1f} s" + (f", {report.resumed} matrices before" if report.resumed else ""),
         },
     )
+
+
+def _widths(widths: Any) -> str:
+    """What target_bits came to, for people; ``widths`` is a Widths or None."""
+    if widths is None:
+        return "as asked"
+    found = f"target {widths.target_bits}: squared error {widths.error:.4g}, {widths.uniform} for all has "
+    found += f"{widths.uniform_error:.4g} in {widths.uniform_bits:.3f} bits"
+    if widths.perplexity is None:
+        return f"{found}; not checked on text (give --check-text)"
+    return f"{found}; perplexity {widths.perplexity:.4f} against {widths.uniform_perplexity:.4f}, {widths.kept} kept"
 
 
 def _reasons(left: Mapping[str, str]) -> str:

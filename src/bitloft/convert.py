@@ -182,9 +182,8 @@ def _portable(job: _Job, directory: Path) -> ConvertReport:
         pairs[name] = _without_start(layer, pair) if job.options.contains == "start" else pair
     changes, notes = _distances(job, model, pairs)
     name = job.source or str(_report(job.base).get("source", "unknown"))
-    kept = {key: job.factors.config[key] for key in ("task_type",) if job.factors.config.get(key)}
     record = {"base": None, "source": job.record.source, "start": None}
-    rank = write_lora(directory, pairs, base_name=name, config=kept, record=record)
+    rank = write_lora(directory, pairs, base_name=name, config={"task_type": _task_type(job)}, record=record)
     return ConvertReport(
         "portable", str(job.base), str(job.out), changes, rank, notes, _portable_losses(job, directory)
     )
@@ -251,10 +250,11 @@ def _bitsandbytes(job: _Job, directory: Path) -> ConvertReport:
         if layer.rank:
             start = Pair(layer.start_a(), layer.scaling * layer.start_b())
             pairs[name] = stacked(start, pairs[name]) if name in pairs else start
-        changes[name] = _export(model, name, layer, dtype)
-        if not isinstance(model.get_submodule(name), bitsandbytes.Stored):
+        reason = bitsandbytes.dense_reason(model, name, layer)
+        changes[name] = _export(model, name, layer, dtype, reason)
+        if reason is not None:
             dense.add(name)
-            notes.append(f"{name} is written dense: no block of bitsandbytes divides its rows of {layer.in_features}.")
+            notes.append(f"{name} is written dense: {reason}.")
         job.step(done, len(layers), name)
     bitsandbytes.save(model, directory, dtype, dense)
     copy_companions(job.base, directory)
@@ -268,9 +268,9 @@ def _bitsandbytes(job: _Job, directory: Path) -> ConvertReport:
     return ConvertReport("bitsandbytes", str(job.base), str(job.out), changes, rank, tuple(notes), losses)
 
 
-def _export(model: PreTrainedModel, name: str, layer: QuantLinear, dtype: torch.dtype) -> float:
-    """Put bitsandbytes' tensors in the layer's place (a dense one where no block divides its rows); what it changed."""
-    if bitsandbytes.block_of(layer.format, layer.in_features) is None:
+def _export(model: PreTrainedModel, name: str, layer: QuantLinear, dtype: torch.dtype, reason: str | None) -> float:
+    """Put bitsandbytes' tensors in the layer's place, a dense one where there is a ``reason``; what that changed."""
+    if reason is not None:
         layer.start_enabled = False
         return _replace_dense(model, name, layer, layer.dense(), dtype)
     tensors = bitsandbytes.stored_tensors(layer.packed_weight(), dtype)

@@ -61,8 +61,9 @@ def _base(path: Path) -> Inspection:
     manifest = read_manifest(path, "base") if (path / MANIFEST).exists() else {}
     entries = _entries(path)
     report = read_json(path / REPORT) if (path / REPORT).exists() else {}
-    given = quantization["options"]
-    options = QuantizeOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given: dict[str, Any] = quantization["options"]
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    options = QuantizeOptions(**settings)
     rows, packed, start, weights = [], 0, 0, 0
     for name, entry in quantization["modules"].items():
         stored = StoredModule.read(entry, options, name)

@@ -8,6 +8,7 @@ manifest does not list.
 
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch import nn
 from bitloft import __version__, card
 from bitloft.checkpoint import copy_companions, fingerprint, weight_files, write_json, write_manifest
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.formats import Format
 from bitloft.integrations.skeleton import UNPACKED
 from bitloft.integrations.source import Source, open_source
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
-from bitloft.shards import INDEX, Slots, lay_out, reserve
+from bitloft.shards import INDEX
+from bitloft.slots import Slots, lay_out, reserve
 from bitloft.stream import Plan, Progress, make_plan, run
 from bitloft.widths import Widths, choose_widths
 
@@ -79,6 +82,17 @@ class QuantizeReport:
         return sum(m.weights for m in self.matrices)
 
     @property
+    def formats(self) -> str:
+        """The formats and how many matrices each has, most common first; the name alone where there is one."""
+        counts = Counter(m.format for m in self.matrices).most_common()
+        return counts[0][0] if len(counts) == 1 else ", ".join(f"{fmt} ({count})" for fmt, count in counts)
+
+    @property
+    def payload_bits(self) -> float:
+        """Bits of codes per packed weight: the number that papers quote."""
+        return sum(Format.parse(m.format).bits * m.weights for m in self.matrices) / self.weights
+
+    @property
     def true_bits(self) -> float:
         """Bits per packed weight, start left out."""
         return 8 * sum(m.bytes for m in self.matrices) / self.weights
@@ -88,8 +102,9 @@ class QuantizeReport:
         return 8 * sum(m.bytes + m.start_bytes for m in self.matrices) / self.weights
 
     def to_dict(self) -> dict[str, Any]:
-        totals = {"true_bits": self.true_bits, "true_bits_with_start": self.true_bits_with_start}
-        found = asdict(self) | {"weights": self.weights} | totals
+        found = asdict(self)
+        for total in ("weights", "payload_bits", "true_bits", "true_bits_with_start"):
+            found[total] = getattr(self, total)
         for row, matrix in zip(found["matrices"], self.matrices, strict=True):
             row["true_bits"] = 8 * matrix.bytes / matrix.weights
         return found

@@ -1,16 +1,15 @@
-"""Shards: safetensors read one tensor at a time by pread, and written at offsets known before any value is.
+"""Shards: a model's safetensors files, read one tensor at a time by pread.
 
-A file is 8 bytes of header length, a JSON header (tensor -> dtype, shape, offsets; padded to 8 bytes) and the data,
-ordered by dtype width and name, exactly as the safetensors library writes it: a single output shard has the bytes that
-``save_file`` of the same tensors would have. Because every offset follows from names, dtypes and shapes, a finished
-matrix is written straight to its place and an interrupted run goes on where it stopped; the alternative, one result
-file per matrix that are joined at the end, needs the disk twice. Nothing is mapped (``checkpoint.py`` says why).
+A file is 8 bytes of header length, a JSON header (tensor -> dtype, shape, offsets) and the data. Headers and index are
+checked against each other and the files' lengths before any data is read, so that a damaged download is found in the
+first second and not in the second hour. Nothing is mapped (``checkpoint.py`` says why); the library's own reader maps,
+or reads whole files.
 """
 
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,7 +26,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CHUNK = 64 << 20  # bytes that a copy holds at once
 
-# In the order in which the safetensors library sorts data: widest last here, first in the file.
+# In the order in which the safetensors library sorts data, last one first.
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3": torch.float8_e4m3fn, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
@@ -35,7 +34,6 @@ DTYPES = {
     "I64": torch.int64, "U64": torch.uint64,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ORDER = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 class Spec(NamedTuple):
@@ -192,108 +190,9 @@ def _entries(file: Path) -> dict[str, Entry]:
         if start + end > size:
             raise CheckpointError(f"{file} is truncated: it has {size} bytes and {name} ends at {start + end}.")
         found[name] = Entry(file, start + begin, spec)
+    position = start
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].begin, item[1].spec.nbytes)):
+        if entry.begin < position:
+            raise CheckpointError(f"{file} gives {name} bytes that are another tensor's too; its header is damaged.")
+        position = entry.begin + entry.spec.nbytes
     return found
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Where every tensor goes: file -> header bytes and total size; tensor -> place; the index of a sharded model."""
-
-    files: dict[str, tuple[bytes, int]]
-    places: dict[str, Entry]
-    index: dict[str, Any] | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for _, size in self.files.values())
-
-
-def lay_out(directory: Path, tensors: Mapping[str, Spec], limit: int) -> Slots:
-    """Distribute tensors, in the given order, over shards of at most ``limit`` bytes (a larger tensor gets its own)."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, spec in tensors.items():
-        if groups[-1] and filled + spec.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += spec.nbytes
-    count = len(groups)
-    stems = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    files: dict[str, tuple[bytes, int]] = {}
-    places: dict[str, Entry] = {}
-    for stem, names in zip(stems, groups, strict=True):
-        header, offsets, size = _header({name: tensors[name] for name in names})
-        files[stem] = (header, size)
-        places |= {name: Entry(directory / stem, begin, tensors[name]) for name, begin in offsets.items()}
-    index = None
-    if count > 1:
-        weight_map = {name: place.file.name for name, place in places.items()}
-        total = sum(spec.nbytes for spec in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return Slots(files, places, index)
-
-
-def _header(tensors: Mapping[str, Spec]) -> tuple[bytes, dict[str, int], int]:
-    """Header with its length in front, absolute offset of each tensor, size of the whole file."""
-    ordered = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name.encode()))
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets, position = {}, 0
-    for name in ordered:
-        dtype, shape = tensors[name]
-        offsets[name] = position
-        end = position + tensors[name].nbytes
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {k: start + v for k, v in offsets.items()}, start + position
-
-
-def reserve(directory: Path, slots: Slots) -> None:
-    """Make every shard with its header and its full size, so that a disk too small is found out at once (OSError)."""
-    for name, (header, size) in slots.files.items():
-        handle = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle, 0, size)
-            os.truncate(handle, size)
-            _pwrite(handle, 0, header)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write(slots: Slots, tensors: Iterable[tuple[str, Iterable[Tensor]]]) -> None:
-    """Write tensors, each given as consecutive pieces of any dtype, to their places; back only when they are on disk.
-
-    Raises OSError where the disk is full.
-    """
-    handles: dict[Path, int] = {}
-    try:
-        for name, pieces in tensors:
-            place = slots.places[name]
-            if place.file not in handles:
-                handles[place.file] = os.open(place.file, os.O_WRONLY)
-            position = place.begin
-            for piece in pieces:
-                data = piece.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                _pwrite(handles[place.file], position, data)
-                position += len(data)
-            if position != place.begin + place.spec.nbytes:
-                raise CheckpointError(
-                    f"tensor {name} has {position - place.begin} bytes where {place.spec.nbytes} were planned."
-                )
-        for handle in handles.values():
-            os.fsync(handle)
-    finally:
-        for handle in handles.values():
-            os.close(handle)
-
-
-def _pwrite(handle: int, offset: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):
-        count = os.pwrite(handle, view, offset)
-        view, offset = view[count:], offset + count

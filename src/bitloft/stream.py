@@ -28,7 +28,8 @@ from bitloft.integrations.transformers import BitloftConfig, BitloftQuantizer, r
 from bitloft.journal import Journal
 from bitloft.modules.parts import stored_names
 from bitloft.options import QuantizeOptions
-from bitloft.shards import Slots, Spec, write
+from bitloft.shards import Spec
+from bitloft.slots import Slots, write
 from bitloft.solvers import check_rank
 
 # called with (done, total, what was done and how much is left) after each matrix

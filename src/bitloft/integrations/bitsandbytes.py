@@ -23,9 +23,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitloft.errors import OptionError
 from bitloft.formats import NF4_LEVELS, Format
+from bitloft.modules.linear import QuantLinear
 from bitloft.packed import PackedTensor, scales_of, unpack_bits
 
 BLOCKS = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # what bitsandbytes 0.50 takes
@@ -36,6 +38,15 @@ def block_of(fmt: Format, columns: int) -> int | None:
     """The largest block that divides rows of ``columns`` values and the groups of ``fmt``; None where none does."""
     common = columns if fmt.group <= 0 else gcd(columns, fmt.group)
     return next((block for block in BLOCKS if common % block == 0), None)
+
+
+def dense_reason(model: PreTrainedModel, name: str, layer: QuantLinear) -> str | None:
+    """Why a packed linear has to be written dense for ``load_in_4bit``; None where it need not be."""
+    if block_of(layer.format, layer.in_features) is None:
+        return f"no block of bitsandbytes divides its rows of {layer.in_features}"
+    if not should_convert_module(name, list(model._keep_in_fp32_modules or [])):
+        return f"transformers keeps it in float32 in a {type(model).__name__}"
+    return None
 
 
 def require_nf4(name: str, fmt: Format) -> None:

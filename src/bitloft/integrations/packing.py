@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from bitloft.checkpoint import read_header
 from bitloft.errors import CheckpointError
 from bitloft.formats import Format
-from bitloft.modules.embedding import QuantEmbedding, TiedEmbedding, TiedHead, scale_of
+from bitloft.modules.embedding import QuantEmbedding, Table, TiedEmbedding, TiedHead, scale_of
 from bitloft.modules.experts import QuantExperts, matrices
 from bitloft.modules.linear import QuantConv1D, QuantLinear, replace_module
 from bitloft.modules.select import tied_modules
@@ -184,6 +184,20 @@ def weights_in(model: PreTrainedModel, files: Sequence[str] | None) -> set[str] 
     return renamed | {rename_source_key(name, [], [], prefix, state)[0] for name in held}
 
 
+def refuse_resize(*args: object, **kwargs: object) -> None:
+    """What a model's ``resize_token_embeddings`` becomes where its table or head is packed."""
+    raise CheckpointError(
+        "the token table or the output head of this model is packed and cannot be resized; resize the dense model and "
+        "quantize it again."
+    )
+
+
+def forbid_resize(model: PreTrainedModel) -> None:
+    """Refuse to resize a packed table: transformers would copy its codes as if they were rows of numbers."""
+    if any(isinstance(m, Table | QuantLinear) for m in (model.get_input_embeddings(), model.get_output_embeddings())):
+        model.resize_token_embeddings = refuse_resize
+
+
 def forget_conversions(model: PreTrainedModel) -> None:
     """Have packed experts saved as they are: transformers would split them into a file's tensors per expert."""
     experts = [name for name, kind in packed_names(model).items() if kind == "experts"]
@@ -200,6 +214,7 @@ def _gives(conversion: object, names: list[str]) -> bool:
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every packed module by a dense one of its first class, weights Q + s0 * B0 @ A0 in ``dtype``."""
+    vars(model).pop("resize_token_embeddings", None)
     tables: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantExperts):

@@ -26,6 +26,7 @@ from bitloft.errors import CheckpointError
 from bitloft.formats import Format
 from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.integrations.packing import (
+    forbid_resize,
     forget_conversions,
     local_name,
     matrices_of,
@@ -128,6 +129,7 @@ class BitloftQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         forget_conversions(model)
+        forbid_resize(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and packed_at(model, param_name) is not None

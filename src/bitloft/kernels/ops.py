@@ -2,7 +2,7 @@
 
 ``encode``         x -> PackedTensor (groups along the last axis)
 ``decode``         PackedTensor -> values
-``decode_rows``    the same, for some rows of a matrix
+``decode_rows``    the same, for some rows of a matrix; ``decode_columns`` for some columns
 ``packed_linear``  y[n, out] = sum_in x[n, in] * decode(W)[out, in]
 ``packed_linear_grad_input``  dx[n, in] = sum_out dy[n, out] * decode(W)[out, in]
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -24,7 +24,17 @@ from bitloft.formats import UNIT, Format
 from bitloft.kernels.encoding import TILE, encode, unpack_zeros
 from bitloft.packed import PackedTensor, Rows, rows_of, scales_of, unpack_bits, unpack_halves
 
-__all__ = ["TILE", "decode", "decode_rows", "encode", "explain", "packed_linear", "packed_linear_grad_input", "tiles"]
+__all__ = [
+    "TILE",
+    "decode",
+    "decode_columns",
+    "decode_rows",
+    "encode",
+    "explain",
+    "packed_linear",
+    "packed_linear_grad_input",
+    "tiles",
+]
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
@@ -39,18 +49,59 @@ def decode_rows(
 ) -> Float[Tensor, "some columns"]:
     """The values of some rows of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[rows]``.
 
-    Raises KernelError for a tensor that is no matrix.
+    Raises KernelError for a tensor that is no matrix, IndexError (on CPU) for a row that does not exist.
     """
     if len(packed.shape) != 2:
         raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
     return _decode_rows(packed, rows, dtype)[:, : packed.shape[1]]
 
 
+def decode_columns(
+    packed: PackedTensor, columns: Int[Tensor, " some"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows some"]:
+    """The values of some columns of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[:, columns]``.
+
+    Costs a few operations per value asked for, and all scales. Raises KernelError for a tensor that is no matrix.
+    """
+    if len(packed.shape) != 2:
+        raise KernelError(f"decode_columns takes a matrix; the tensor has shape {packed.shape}.")
+    fmt, width = packed.format, packed.shape[1]
+    levels = torch.tensor(levels_of(packed), dtype=dtype, device=packed.codes.device)
+    values = levels[_codes_at(packed, columns).int()]
+    if fmt.group == UNIT or not values.numel():
+        return values
+    group = columns // fmt.group_size(width)
+    if packed.zeros is not None:
+        values -= unpack_zeros(packed.zeros, fmt.bits, fmt.groups(width))[:, group].to(dtype)
+    values *= scales_of(packed, slice(None), dtype)[:, group]
+    if packed.shifts is not None:
+        values += unpack_halves(packed.shifts, packed.exponent, dtype)[:, group]
+    return values
+
+
+def _codes_at(packed: PackedTensor, columns: Int[Tensor, " some"]) -> UInt8[Tensor, "rows some"]:
+    """The codes of some columns: shifts and masks on the bytes that hold them."""
+    codes, bits = packed.codes.view(torch.uint8), packed.format.bits
+    if bits == 3:  # a plane of two bits, then one of one bit
+        low, high = codes.split([packed.format.width(packed.shape[1]) // 8 * n for n in (2, 1)], dim=1)
+        return _bits_at(low, columns, 2) | (_bits_at(high, columns, 1) << 2)
+    return _bits_at(codes, columns, bits)
+
+
+def _bits_at(
+    plane: UInt8[Tensor, "rows bytes"], columns: Int[Tensor, " some"], bits: int
+) -> UInt8[Tensor, "rows some"]:
+    shift = (columns * bits % 8).to(torch.uint8)
+    found: Tensor = (plane.index_select(1, columns * bits // 8) >> shift) & (2**bits - 1)
+    return found
+
+
 def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
     """Values of some rows, padding columns included."""
     fmt, columns = packed.format, packed.shape[-1]
     width = fmt.width(columns)
-    values = _levels_of_bytes(packed.codes[rows], fmt, levels_of(packed), width, dtype)
+    codes = packed.codes[rows] if isinstance(rows, slice) else embedding(rows, packed.codes)  # refuses numbers below 0
+    values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
     if fmt.group == UNIT or not values.numel():
         return values
     scales = scales_of(packed, rows, dtype)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitloft.formats import Format
-from bitloft.kernels.ops import decode, decode_rows
+from bitloft.kernels.ops import decode, decode_columns, decode_rows
 from bitloft.modules.linear import packed_product
 from bitloft.modules.parts import Device, Held, load_tensors, solution_tensors
 from bitloft.packed import PackedTensor
@@ -124,7 +124,7 @@ class QuantEmbedding(Table):
         found = decode_rows(self.packed_weight(), flat, dtype)
         start = self.packed_start() if self.start_enabled else None
         if start is not None:
-            found = found + self.scaling * (decode(start[1], dtype)[:, flat].T @ decode(start[0], dtype))
+            found = found + self.scaling * (decode_columns(start[1], flat, dtype).T @ decode(start[0], dtype))
         return found.view(*ids.shape, self.embedding_dim)
 
     def product(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:

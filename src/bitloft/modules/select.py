@@ -5,8 +5,8 @@ Kinds: ``linear`` (nn.Linear), ``conv1d`` (GPT-2's transposed linear), ``embeddi
 name: tables of names per architecture age with every release of transformers, and this needs no import of it.
 
 Left alone unless asked: token tables (``embeddings``) and the output head (``head``). Left alone always: what lies
-outside the base model (task heads, as LoftQ leaves them) and poolers, what the checkpoint does not hold (a classifier
-that the class makes fresh), subclasses with a forward of their own, convolutions, norms.
+outside the base model (task heads, as LoftQ leaves them), poolers, routers of a mixture, what the checkpoint does not
+hold (a classifier that the class makes fresh), subclasses with a forward of their own, convolutions, norms.
 """
 
 from collections.abc import Container, Iterator
@@ -20,6 +20,7 @@ from bitloft.modules.experts import projections
 from bitloft.options import QuantizeOptions
 from bitloft.patterns import matches
 
+THIN = 8  # a matrix with fewer rows or columns is left
 HEADS = ("pooler", "classifier", "classification_head", "score", "qa_outputs")  # task heads, by their usual names
 
 
@@ -96,7 +97,7 @@ class _Facts:
             if callable(ask := getattr(module, method, None)):
                 try:
                     found = ask()
-                except (NotImplementedError, AttributeError):  # a model without the like
+                except (RuntimeError, AttributeError):  # what transformers raises for a model without the like
                     continue
                 if id(found) in self.names:
                     yield self.names[id(found)]
@@ -135,7 +136,20 @@ class _Facts:
             return "task heads and poolers are kept in 16 bit"
         if options.target and not any(matches(name, pattern) for pattern in options.target):
             return "does not match target"
-        return self._absent([name])
+        return self._unfit(name, kind) or self._absent([name])
+
+    def _unfit(self, name: str, kind: str) -> str | None:
+        """Routers of a mixture decide which expert runs, and a thin matrix has next to no bytes to save."""
+        parent, _, leaf = name.rpartition(".")
+        if (
+            kind == "linear"
+            and leaf.endswith(("gate", "router"))
+            and hasattr(self.model.get_submodule(parent), "experts")
+        ):
+            return "routers are kept in 16 bit"
+        if kind != "experts" and min(shape := self.model.get_submodule(name).get_parameter("weight").shape) < THIN:
+            return f"{shape[0]} x {shape[1]} is too thin: packing saves nothing"
+        return None
 
     def group(self, name: str) -> list[str]:
         """The modules that share one matrix with ``name``: the owner, then those tied to it."""
