@@ -82,7 +82,7 @@ def _fit(
 
 
 def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " _"]], int]:
-    """The choice for each component of each matrix, and their bytes (up to ``budget``): greatest fall of error first."""
+    """The choice for each component of each matrix, and all bytes (up to ``budget``): greatest fall of error first."""
     ranks = [c.errors.shape[1] for c in coded]
     widths, spent = torch.zeros(sum(ranks), dtype=torch.int64), 0
     refused: set[int] = set()
