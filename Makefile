@@ -1,8 +1,9 @@
 # What a developer runs. `make setup` is quick once it is done, so every target begins with it.
 PYTHON ?= python3
-BIN := .venv/bin
+# Tools run as modules: where set-up shares an outer environment, their scripts are in that one's bin.
+RUN := .venv/bin/python -m
 # One thread: results that do not depend on the machine, and small tensors do not gain from a second.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 
 .PHONY: setup demo test test-long check format bench-smoke docs clean
 
@@ -10,7 +11,7 @@ setup:
 	@$(PYTHON) scripts/setup.py
 
 demo: setup
-	@$(BIN)/python -m scripts.demo
+	@$(RUN) scripts.demo
 
 test: setup
 	@$(PYTEST) -q -m "not slow"
@@ -19,20 +20,20 @@ test-long: setup
 	@$(PYTEST)
 
 check: setup
-	@$(BIN)/ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
-	@$(BIN)/ruff check .
-	@$(BIN)/mypy
+	@$(RUN) ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }
+	@$(RUN) ruff check .
+	@$(RUN) mypy
 	@$(PYTEST) -q tests/test_architecture.py
 
 format: setup
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
 
 bench-smoke: setup
-	@$(BIN)/python scripts/bench_smoke.py
+	@$(RUN) scripts.bench_smoke
 
 docs: setup
-	@$(BIN)/zensical build --clean --strict
+	@$(RUN) zensical build --clean --strict
 
 clean:
 	rm -rf .venv demo site .mypy_cache .ruff_cache .pytest_cache .hypothesis

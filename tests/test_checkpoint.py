@@ -40,9 +40,12 @@ def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out") as directory:
+    def fail(directory: Path) -> None:
         (directory / "a").write_text("x")
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out") as directory:
+        fail(directory)
     assert names(tmp_path) == []
 
 

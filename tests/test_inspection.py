@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bitloft.compress import compress
 from bitloft.errors import CheckpointError
 from bitloft.inspection import inspect, machine
 from bitloft.quantize import quantize
@@ -40,6 +41,19 @@ def test_a_plain_adapter(tmp_path: Path) -> None:
     assert found.kind == "adapter"
     assert len(found.rows) == 14
     assert found.rows[0][3] == 2.0  # alpha 8 / rank 4
+
+
+def test_a_packed_adapter_by_module(tmp_path: Path) -> None:
+    report = compress(make_adapter(tmp_path / "a"), tmp_path / "p", bits=3.0)
+    found = inspect(tmp_path / "p")
+    assert found.kind == "packed adapter"
+    assert found.summary["true bits"] == report.true_bits
+    rows = {str(row[0]): dict(zip(found.columns, row, strict=True)) for row in found.rows}
+    for module in report.modules:
+        row = rows[module.name]
+        assert row["error"] == pytest.approx(module.error, abs=1e-3)
+        assert row["true bits"] == pytest.approx(module.bits)
+        assert float(str(row["payload bits"])) < float(str(row["true bits"]))
 
 
 def test_other_places_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_report_is_what_the_layer_computes() -> None:
     """|W - (Q + s0 * B0 @ A0)| of the layer equals the solver's figure at alpha = r, 2r, r/4 and with rslora."""
     weight = torch.randn(64, 128)
     for settings in ({"alpha": 8.0}, {"alpha": 16.0}, {"alpha": 2.0}, {"rslora": True}):
-        options = QuantizeOptions(format="nf2:64", rank=8, **settings)  # type: ignore[arg-type]
+        options = QuantizeOptions(format="nf2:64", rank=8, **settings)
         found = solve("w", weight, plan_of(options), options)
         module = QuantLinear(
             128, 64, Format.parse("nf2:64"), rank=8, scaling=options.scaling, start_format=Format.parse("lm4:64")

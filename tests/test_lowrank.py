@@ -39,7 +39,7 @@ def test_a_warm_start_needs_fewer_iterations() -> None:
     nearby = matrix + 0.05 * torch.randn(300, 300)
 
     def captured(**kwargs: torch.Tensor | None) -> float:
-        return float(truncated_svd(nearby, 16, generator_for(1, "w"), iterations=1, **kwargs)[1].square().sum())  # type: ignore[arg-type]
+        return float(truncated_svd(nearby, 16, generator_for(1, "w"), iterations=1, **kwargs)[1].square().sum())
 
     assert captured(start=warm) > captured(start=None)
 

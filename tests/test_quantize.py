@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,9 +54,7 @@ def test_the_directory_is_complete_and_the_report_true(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("settings", [{"alpha": 4.0}, {"alpha": 8.0}, {"alpha": 1.0}, {"rslora": True}])
-def test_a_loaded_model_shows_the_reported_error(
-    tiny_model: Path, tmp_path: Path, settings: dict[str, float | bool]
-) -> None:
+def test_a_loaded_model_shows_the_reported_error(tiny_model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     """Alpha = r, 2r, r/4 and rslora: the factor is in the base's own start, and nowhere lost (peft#1982)."""
     report = quantize(tiny_model, tmp_path / "base", format="nf2:64", rank=4, **settings)
     dense = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
@@ -113,7 +112,7 @@ def test_a_model_with_biases(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.layers[0].self_attn.q_proj.bias, dense.model.layers[0].self_attn.q_proj.bias)
 
 
-def refused(model: Path | str, out: Path, **settings: object) -> str:
+def refused(model: Path | str, out: Path, **settings: Any) -> str:
     with pytest.raises(BitloftError) as caught:
         quantize(model, out, **settings)
     assert not out.exists()

@@ -5,6 +5,7 @@ import http.client
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -230,11 +231,10 @@ def test_a_client_that_leaves_frees_its_row(world: World, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Runner, "step", counted)
     parts = urlsplit(world.url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
     body = {"model": "alpha", "prompt": "one", "max_tokens": 240, "stream": stream}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    until(lambda: len(steps) > 3)
-    connection.close()
+    with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        until(lambda: len(steps) > 3)
     until(lambda: world.engine.idle)
     assert len(steps) < 200
 
@@ -253,6 +253,23 @@ def test_an_engine_error_in_a_stream_is_a_frame(world: World, monkeypatch: pytes
     assert b"secret" not in data
     status, _, data = raw(world.url, "POST", "/v1/completions", body | {"stream": False})
     assert (status, error_of(data)["code"]) == (500, "engine_error")
+
+
+def test_a_failure_outside_the_engine_has_the_same_shape(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tokenizer: Any, prompt: Any) -> list[int]:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("bitloft.serve.api._encode", fail)
+    status, _, data = raw(world.url, "POST", "/v1/completions", {"model": "alpha", "prompt": "one"})
+    assert (status, error_of(data)["code"]) == (500, "engine_error")
+    assert b"secret" not in data
+
+
+def test_a_template_that_refuses_is_the_clients_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.service.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    status, _, data = raw(world.url, "POST", "/v1/chat/completions", {"model": "alpha", "messages": CHAT})
+    assert (status, error_of(data)["code"]) == (400, "invalid_value")
+    assert "roles must alternate" in error_of(data)["message"]
 
 
 def test_health(world: World) -> None:

@@ -146,14 +146,9 @@ def test_background_says_when_it_cannot_start(world: World) -> None:
 
 def test_the_command_serves_and_ends_on_sigterm(world: World) -> None:
     """A process of its own: it answers, and SIGTERM ends it with exit code 0."""
-    code = (
-        "import sys; from bitloft.options import ServeOptions; from bitloft.serve.http import serve; "
-        "serve(sys.argv[1], sys.argv[2], ServeOptions(port=0))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(world.base), str(world.adapters)],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command = ["-m", "bitloft.cli", "serve", str(world.base), "--adapter-dir", str(world.adapters), "--port", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("serving"))

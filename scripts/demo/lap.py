@@ -121,7 +121,8 @@ class Lap:
         return self.ledger.step(f"{way}-{skill}", doing, depends, run, told_packed, [out])
 
     def evaluate(self, skill: str, name: str, base: Path, adapter: Path | None = None) -> Result:
-        options = EvalOptions(length=self.settings.length, limit=self.settings.skills[skill].limit, dtype="auto")
+        wanted = self.settings.skills[skill]
+        options = EvalOptions(length=self.settings.length, limit=wanted.limit, batch=wanted.measured, dtype="auto")
         rows = self.rows(skill, "held")
 
         def run() -> Result:

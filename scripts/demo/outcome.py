@@ -18,13 +18,13 @@ from scripts.demo.settings import FORMATS, TRAINED_ON
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 NONE = "—"
-TITLES = {"reference": "language reference", "docstrings": "docstrings"}
 
 
 def table(found: Result, seconds: Mapping[str, float]) -> Table:
     """One row a thing that is stored: its bytes, bits and what it does to both skills' held-out text."""
     skills = tuple(found["data"])
-    columns = ("", "stored", "true bits", "codes alone", *(f"perplexity: {TITLES[s]}" for s in skills), "made in")
+    measured = [f"perplexity, {skill}" for skill in skills]
+    columns = ("", "stored", "without embeddings", "true bits", "payload bits", *measured, "made in")
     rows = [dense_row(found, skills, seconds)]
     rows += [base_row(found, name, skills, seconds) for name in FORMATS]
     rows.append(trained_row(found, skills, seconds))
@@ -36,7 +36,7 @@ def note(found: Result) -> str:
     model, embedding = found["model"], found["bases"][TRAINED_ON]["embedding_bytes"]
     already = f" Its weights had been rounded to {model['already']} before." if model["already"] else ""
     return (
-        f"Model: {model['origin']}.{already} Embeddings stay in 16 bit and are {size(embedding)} of every model row. "
+        f"Model: {model['origin']}.{already} Embeddings stay in 16 bit and take {size(embedding)} of every model row. "
         "Bits are per stored value: weights of the packed matrices, values of the adapter; true bits count scales, "
         f"names and headers. Adapters are for the {TRAINED_ON} base, with its start frozen; sizes are of one adapter. "
         "Perplexity on held-out rows ± its standard error; at 2 bits the loss in nats."
@@ -45,16 +45,19 @@ def note(found: Result) -> str:
 
 def dense_row(found: Result, skills: tuple[str, ...], seconds: Mapping[str, float]) -> tuple[str, ...]:
     cells = (perplexity(found["eval"]["16-bit"][skill]) for skill in skills)
-    return ("16-bit folder", size(found["model"]["stored_bytes"]), "16", NONE, *cells, took(seconds["model"]))
+    stored = found["model"]["stored_bytes"]
+    rest = stored - found["bases"][TRAINED_ON]["embedding_bytes"]
+    return ("16-bit folder", size(stored), size(rest), "16", NONE, *cells, took(seconds["model"]))
 
 
 def base_row(found: Result, name: str, skills: tuple[str, ...], seconds: Mapping[str, float]) -> tuple[str, ...]:
     base, results = found["bases"][name], found["eval"][name]
     show = loss if name == "2-bit" else perplexity
-    share = base["stored_bytes"] / found["model"]["stored_bytes"]
+    stored, embedding, dense = base["stored_bytes"], base["embedding_bytes"], found["model"]["stored_bytes"]
     return (
         f"base {FORMATS[name]} + start",
-        f"{size(base['stored_bytes'])} ({share:.0%})",
+        share(stored, dense),
+        share(stored - embedding, dense - embedding),
         f"{base['true_bits_with_start']:.2f}",
         str(Format.parse(FORMATS[name]).bits),
         *(show(results[skill]) for skill in skills),
@@ -67,7 +70,7 @@ def trained_row(found: Result, skills: tuple[str, ...], seconds: Mapping[str, fl
     bits = 8 * values[0]["source_bytes"] / values[0]["values"]
     cells = (perplexity(found["eval"]["trained"][skill]) for skill in skills)
     time = sum(seconds[f"train-{skill}"] for skill in skills)
-    return ("+ adapter as trained", size(values[0]["source_bytes"]), f"{bits:.1f}", NONE, *cells, took(time))
+    return ("+ adapter as trained", size(values[0]["source_bytes"]), NONE, f"{bits:.1f}", NONE, *cells, took(time))
 
 
 def packed_row(found: Result, way: str, skills: tuple[str, ...], seconds: Mapping[str, float]) -> tuple[str, ...]:
@@ -76,6 +79,7 @@ def packed_row(found: Result, way: str, skills: tuple[str, ...], seconds: Mappin
     return (
         label,
         size(max(p["bytes"] for p in packed)),
+        NONE,
         span([p["true_bits"] for p in packed]),
         span([p["payload_bits"] for p in packed]),
         *(perplexity(found["eval"][way][skill]) for skill in skills),
@@ -83,12 +87,16 @@ def packed_row(found: Result, way: str, skills: tuple[str, ...], seconds: Mappin
     )
 
 
+def share(part: int, whole: int) -> str:
+    return f"{size(part)} ({part / whole:.0%})"
+
+
 def perplexity(result: Result) -> str:
     return pm(result["perplexity"], result["perplexity_stderr"])
 
 
 def loss(result: Result) -> str:
-    return f"loss {pm(result['loss'], result['stderr'])}"
+    return f"{pm(result['loss'], result['stderr'])} (loss)"
 
 
 def span(values: list[float]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitloft import __version__
-from bitloft.adapters import is_packed, read_adapter, read_packed
+from bitloft.adapters import PackedModule, is_packed, read_adapter, read_packed
 from bitloft.checkpoint import MANIFEST, ignored_pickles, read_header, read_json, read_manifest, weight_files
 from bitloft.errors import CheckpointError
 from bitloft.formats import Format, layout
@@ -112,22 +112,30 @@ def _dense_shape(name: str, fmt: Format, entries: dict[str, dict[str, Any]], fou
 
 def _packed(path: Path) -> Inspection:
     adapter = read_packed(path)
-    rows = []
-    for module in adapter.modules.values():
-        count = sum(block.a.shape[0] for block in module.blocks)
-        formats = " + ".join(f"{block.a.shape[0]} x {block.a.format}" for block in module.blocks)
-        stored = sum(block.a.nbytes + block.bt.nbytes for block in module.blocks)
-        rows.append((module.name, f"{module.out_features} x {module.in_features}", count, formats or "nothing", stored))
+    columns = ("module", "formats", "shape", "rank", "true bits", "payload bits", "error")
     summary = {
+        "method": ", ".join(f"{key}={value}" for key, value in adapter.method.items()),
         "true bits": adapter.true_bits,
         "payload bits": adapter.payload_bits,
-        "modules": len(rows),
+        "error": adapter.error,
+        "modules": len(adapter.modules),
         "payload bytes": adapter.payload.numel(),
         "base": adapter.base or "unknown",
         "source": adapter.source or "unknown",
         "sha256": adapter.sha256,
     }
-    return Inspection("packed adapter", summary, ("module", "shape", "components", "formats", "bytes"), tuple(rows))
+    return Inspection("packed adapter", summary, columns, tuple(_packed_row(m) for m in adapter.modules.values()))
+
+
+def _packed_row(module: PackedModule) -> tuple[object, ...]:
+    """Bits are per trained value, rank * (in + out); the module table, exponents in it, belongs to no module."""
+    values = max(module.rank * (module.in_features + module.out_features), 1)
+    formats = " + ".join(f"{block.a.shape[0]} x {block.a.format}" for block in module.blocks) or "nothing"
+    factors = [factor for block in module.blocks for factor in (block.a, block.bt)]
+    stored = sum(part.nbytes for factor in factors for name, part in factor.tensors().items() if name != "exponent")
+    codes = sum(block.a.format.bits * (block.a.numel + block.bt.numel) for block in module.blocks)
+    shape = f"{module.out_features} x {module.in_features}"
+    return (module.name, formats, shape, module.rank, 8 * stored / values, codes / values, module.error)
 
 
 def _adapter(path: Path) -> Inspection:

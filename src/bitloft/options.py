@@ -233,7 +233,7 @@ class ServeOptions:
     context: int | None = option(None, "tokens of prompt and answer together (default: the model's own limit)")
     max_tokens: int = option(1024, "tokens of an answer that a request may ask for")
     queue_seconds: float = option(30.0, "a request that waited longer is refused with status 503")
-    request_seconds: float = option(300.0, "a request that takes longer ends with an error")
+    request_seconds: float = option(600.0, "a request that takes longer ends with an error")
     drain_seconds: float = option(30.0, "time that running requests have to end after SIGTERM")
 
     def __post_init__(self) -> None:

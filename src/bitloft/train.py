@@ -154,12 +154,13 @@ def _identity(options: TrainOptions, record: BaseRecord, data: Path, precision: 
 def _settle(work: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Make the work directory, or take over an interrupted one; the checkpoint to go on from, if there is one.
 
-    Raises CheckpointError where an interrupted run lies there and nothing says what to do with it, and where it was
-    run with other settings, on another base or other data.
+    A run that stopped before its first checkpoint leaves nothing worth keeping and is begun anew. Raises
+    CheckpointError where a run can be resumed and nothing says so, and where it had other settings, base or data.
     """
-    if work.exists() and not resume and not overwrite:
+    checkpoint = last_checkpoint(work)
+    if checkpoint and not resume and not overwrite:
         raise CheckpointError(f"{work} holds an interrupted run; resume it, or remove the directory to begin anew.")
-    if resume and (work / SETTINGS).exists():
+    if checkpoint and resume:
         found = read_json(work / SETTINGS)
         for key, value in wanted.items():
             if found.get(key) != value:
@@ -167,7 +168,7 @@ def _settle(work: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool
                     f"the interrupted run in {work} had {key} {found.get(key)!r}, now it is {value!r}; resume with the "
                     "same settings, or remove the directory to begin anew."
                 )
-        return last_checkpoint(work)
+        return checkpoint
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / SETTINGS, wanted)
@@ -193,7 +194,7 @@ def _trainer(
         max_steps=steps,
         learning_rate=options.lr,
         lr_scheduler_type=SCHEDULERS[options.schedule],
-        warmup_steps=math.ceil(options.warmup * steps),
+        warmup_steps=int(options.warmup * steps),
         bf16=precision.dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=options.log_every,

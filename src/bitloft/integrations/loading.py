@@ -75,10 +75,9 @@ def load(
     directory = Path(directory)
     record = base_record(directory, verify=verify)
     kind = model_class(read_json(directory / "config.json"), str(directory))
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    kept = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     with quiet_loading():
-        model: PreTrainedModel = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+        model: PreTrainedModel = kind.from_pretrained(directory, dtype=kept, use_safetensors=True)
     model = model.to(device).eval()
     for layer in quant_linears(model).values():
         layer.start_enabled = start == "frozen"

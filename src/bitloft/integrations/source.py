@@ -87,10 +87,12 @@ def _without_gguf(model: PreTrainedModel) -> PreTrainedModel:
     for key in ("quantization_config", "_name_or_path"):
         settings.pop(key, None)
     config = type(model.config).from_dict(settings)
-    # GGUF carries these in the tokenizer's metadata; the converted config holds other models' defaults
     with torch.device("meta"):
         fresh: PreTrainedModel = type(model)(config)
     fresh.load_state_dict(model.state_dict(), assign=True)
+    for name, table in model.named_buffers():  # rotary tables are in no state dict and would stay on meta
+        owner, _, leaf = name.rpartition(".")
+        setattr(fresh.get_submodule(owner), leaf, table)
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     fresh.config.dtype = torch.float16

@@ -61,7 +61,8 @@ class BitloftConfig(QuantizationConfigMixin):
             raise CheckpointError(f"quantization_config holds the unknown option {sorted(unknown)[0]!r}.")
         self.quant_method = METHOD
         self.bitloft_version = bitloft_version
-        self.options = QuantizeOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        self.options = QuantizeOptions(**chosen)
         self.modules = None if modules is None else dict(modules)
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bitloft.serve.store import AdapterStore
 from bitloft.serve.text import TextStream
 
 IDLE_SECONDS = 0.5  # the thread looks up that often while nothing waits
-STALL_SECONDS = 30.0  # a step that takes longer means trouble
+STALL_SECONDS = 60.0  # a step that takes longer means trouble; the longest is the prefill of a full context
 
 log = logging.getLogger("bitloft.serve")
 
@@ -124,13 +124,7 @@ class Engine:
         return request
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                if not self._waiting and not len(self._batch) and not self._stopping:
-                    self._wake.wait(IDLE_SECONDS)
-                if self._stopping:
-                    break
-            self._beat = time.monotonic()
+        while self._wait():
             try:
                 self._turn()
             except Exception:
@@ -142,6 +136,15 @@ class Engine:
             self._batch = self.runner.empty()
             self._waiting.clear()
         self._fail(left, "shutting_down", "the server is shutting down.")
+
+    def _wait(self) -> bool:
+        """Wait for work; False when it is time to stop."""
+        with self._wake:
+            while not (self._stopping or self._waiting or len(self._batch)):
+                self._beat = time.monotonic()
+                self._wake.wait(IDLE_SECONDS)
+            self._beat = time.monotonic()
+            return not self._stopping
 
     def _turn(self) -> None:
         """One step of the batch, with those who leave before it and those who join."""
