@@ -10,7 +10,6 @@ from bitloft.formats import Format
 from bitloft.kernels.ops import encode
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
 from bitloft.options import QuantizeOptions
-from bitloft.rules import plan_of
 from bitloft.solvers import solve
 
 
@@ -25,7 +24,7 @@ def layer(fmt: str = "lm2:64", rows: int = 48, columns: int = 100, rank: int = 4
         scaling=options.scaling,
         start_format=Format.parse(options.start_format),
     )
-    made.load_solution(solve("w", torch.randn(rows, columns), plan_of(options), options))
+    made.load_solution(solve("w", torch.randn(rows, columns), options))
     return made
 
 
@@ -49,7 +48,7 @@ def test_the_report_is_what_the_layer_computes() -> None:
     weight = torch.randn(64, 128)
     for settings in ({"alpha": 8.0}, {"alpha": 16.0}, {"alpha": 2.0}, {"rslora": True}):
         options = QuantizeOptions(format="nf2:64", rank=8, **settings)
-        found = solve("w", weight, plan_of(options), options)
+        found = solve("w", weight, options)
         module = QuantLinear(
             128, 64, Format.parse("nf2:64"), rank=8, scaling=options.scaling, start_format=Format.parse("lm4:64")
         )
