@@ -127,7 +127,7 @@ def test_below_the_floor_the_least_possible_is_named_and_works(plain: Path, tmp_
 
 def test_above_four_bits_everywhere_it_says_so(plain: Path, tmp_path: Path) -> None:
     report = compress(plain, tmp_path / "p", bits=9.0)
-    assert {bits for m in report.modules for bits in m.widths} == {4}
+    assert {bits for m in report.modules for bits in m.widths} == {"4"}
     assert "every component is stored at 4 bits" in report.notes[0]
     assert "of the 9 allowed" in report.notes[0]
 

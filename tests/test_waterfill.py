@@ -38,8 +38,8 @@ def test_the_budget_holds_and_bytes_are_what_was_counted(shapes: list[tuple[int,
     blocks = pack(coded, widths)
     assert sum(map(stored, blocks)) == spent <= budget
     for parts, chosen in zip(blocks, widths, strict=True):
-        bits = [block.a.format.bits for block in parts]
-        assert bits == sorted(set(bits))  # one block per width, narrow first
+        bits = [(block.a.format.bits, block.bt.format.bits) for block in parts]
+        assert bits == sorted(set(bits))  # one block per pair of widths, narrow first
         assert sum(block.a.shape[0] for block in parts) == int((chosen > 0).sum())
         assert all(block.bt.scales.numel() == 0 and block.a.scales.shape[1] == 1 for block in parts)
 
@@ -88,7 +88,7 @@ def test_greedy_is_optimal_where_the_budget_meets_its_steps() -> None:
             sum(cost[w] for cost, w in zip(costs, widths, strict=True)),
             sum(float(e[w]) for e, w in zip(errors, widths, strict=True)),
         )
-        for widths in product(range(5), repeat=3)
+        for widths in product(range(len(waterfill.CHOICES) + 1), repeat=3)
     ]
     full = allocate(coded, 10**9)[1]
     spent, budget = -1, 0

@@ -19,7 +19,8 @@ def summary(cells: Cells, settings: Sequence[Setting]) -> dict[str, object]:
     """Figures per base over the adapters of ``settings`` (rank 16 in the full grid)."""
     found: dict[str, object] = {}
     for base in sorted({s.base for s in settings}):
-        chosen, weak = [], []
+        chosen: list[Setting] = []
+        weak: list[Setting] = []
         for setting in (s for s in settings if s.base == base):
             (chosen if _steady(cells, setting) else weak).append(setting)
         found[base] = _figures(cells, chosen) | {"left_out": [s.name for s in weak]}

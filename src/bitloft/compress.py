@@ -36,13 +36,13 @@ EXPANDED = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One packed module: ``widths`` maps bits to components, ``bits`` counts codes, scales and zero points;
-    ``spectrum`` is each singular component's share of the energy before packing."""
+    """One packed module: ``widths`` maps bits (of A/B where they differ) to components, ``bits`` counts codes, scales
+    and zero points; ``spectrum`` is each singular component's share of the energy before packing."""
 
     name: str
     shape: tuple[int, int]
     rank: int
-    widths: dict[int, int]
+    widths: dict[str, int]
     bits: float
     error: float
     spectrum: tuple[float, ...]
@@ -123,9 +123,10 @@ def compress(
 
 
 def _report(module: PackedModule, exact: Components) -> ModuleReport:
-    widths: dict[int, int] = {}
+    widths: dict[str, int] = {}
     for block in module.blocks:
-        widths[block.a.format.bits] = widths.get(block.a.format.bits, 0) + block.a.shape[0]
+        key = "/".join(dict.fromkeys(str(side.format.bits) for side in (block.a, block.bt)))
+        widths[key] = widths.get(key, 0) + block.a.shape[0]
     values = module.rank * (module.in_features + module.out_features)
     bits = 8 * sum(block_bytes(block) for block in module.blocks) / values
     shape = (module.out_features, module.in_features)

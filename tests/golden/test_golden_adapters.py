@@ -18,7 +18,7 @@ from bitloft.adapters import PackedModule, read_packed
 from bitloft.kernels.ops import decode
 
 HERE = Path(__file__).parent
-NAMES = ["adapter-waterfill-1", "adapter-loraquant-1"]
+NAMES = ["adapter-waterfill-1", "adapter-loraquant-1", "adapter-waterfill-2", "adapter-int8-1", "adapter-half-1"]
 LLOYD_MAX = {2: (0.452780, 1.510418), 3: (0.245094, 0.756005, 1.343909, 2.151946),
              4: (0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590)}  # fmt: skip
 Rows = list[list[float]]
@@ -36,8 +36,8 @@ class Stored:
 
     def __init__(self, spelling: str, rows: int, width: int, exponent: int) -> None:
         family, group = spelling.split(":")
-        self.bits = 1 if family == "sign" else int(family[-1])
-        self.family, self.rows, self.width, self.exponent = family.rstrip("234"), rows, width, exponent
+        self.bits = {"sign": 1, "half": 16}.get(family) or int(family[-1])
+        self.family, self.rows, self.width, self.exponent = family.rstrip("2348"), rows, width, exponent
         unit = int(group) if group.isdigit() else 8
         self.padded = -(-width // unit) * unit
         self.groups = self.padded // unit if group.isdigit() else {"row": 1, "unit": 0}[group]
@@ -57,13 +57,20 @@ class Stored:
     def _row(self, r: int, codes: bytes, zeros: bytes) -> list[float]:
         half = LLOYD_MAX.get(self.bits, (1.0,)) if self.family == "lm" else (1.0,)
         levels = [*(-x for x in reversed(half)), *half]
-        found = []
-        for i, code in enumerate(unpacked(codes, self.bits)[: self.width]):
-            g = i * self.groups // self.padded
-            scale = self.scales[r * self.groups + g] if self.groups else 1.0
-            base = code - unpacked(zeros, self.zero_bits)[g] if self.family == "uniform" else levels[code]
-            found.append(scale * base)
-        return found
+        if self.family == "half":
+            stored: list[float] = list(struct.unpack(f"<{self.padded}e", codes))
+        elif self.family == "int":
+            stored = [byte - 128.0 for byte in codes]
+        elif self.family == "uniform":
+            points = unpacked(zeros, self.zero_bits)
+            stored = [
+                float(c - points[i * self.groups // self.padded]) for i, c in enumerate(unpacked(codes, self.bits))
+            ]
+        else:
+            stored = [levels[c] for c in unpacked(codes, self.bits)]
+        scales = [self.scales[r * self.groups + i * self.groups // self.padded] if self.groups else 1.0
+                  for i in range(self.width)]  # fmt: skip
+        return [scale * value for scale, value in zip(scales, stored, strict=False)]
 
 
 def by_the_page(directory: Path) -> dict[str, list[tuple[Rows, Rows]]]:
@@ -127,3 +134,8 @@ def test_products_are_those_written_down(name: str) -> None:
 def test_every_width_occurs() -> None:
     widths = {b.a.format.bits for m in read_packed(HERE / NAMES[0]).modules.values() for b in m.blocks}
     assert widths == {1, 2, 3, 4}
+
+
+def test_sides_of_different_widths_occur() -> None:
+    blocks = [b for m in read_packed(HERE / "adapter-waterfill-2").modules.values() for b in m.blocks]
+    assert any(b.a.format.bits != b.bt.format.bits for b in blocks)

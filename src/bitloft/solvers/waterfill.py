@@ -1,4 +1,4 @@
-"""Reverse water-filling: 0 to 4 bits for every singular component of every matrix, under one budget of bytes.
+"""Reverse water-filling: 0 to 4 bits for both sides of every singular component of every matrix, under one budget.
 
     s*B*A = sum_i s_i u_i v_i^T  ~  sum_i (s_i g_i) c_i^u (c_i^v)^T
 
@@ -25,6 +25,10 @@ from bitloft.packed import PackedTensor, pack_scales
 from bitloft.solvers.adapter import Components, PackedBlock
 
 WIDTHS = (1, 2, 3, 4)
+# Choices of a stored component: bits of A and of B^T. The short side of a module may take one bit more than the long
+# one, where a bit costs less: 3 to 4 % less error at equal bytes on a trained adapter (docs/decisions.md). Choice 0
+# stores nothing, choice c > 0 is CHOICES[c - 1].
+CHOICES = (*((w, w) for w in WIDTHS), (1, 2), (2, 1), (2, 3), (3, 2), (3, 4), (4, 3))
 SCALE_BYTES = 2  # one fp16 scale per stored component
 
 
@@ -35,38 +39,32 @@ def code_format(bits: int, group: int) -> Format:
 
 @dataclass(frozen=True)
 class Coded:
-    """One matrix with each component coded at every width; widths index the first axis (0 bits first in ``errors``)."""
+    """One matrix with each side of each component coded at every width (``a``, ``bt`` by width), and what every choice
+    gives: choice 0 first in ``errors`` and ``costs``, ``scales`` without it."""
 
     a: tuple[PackedTensor, ...]
     bt: tuple[PackedTensor, ...]
-    scales: Float[Tensor, "widths rank"]
+    scales: Float[Tensor, "stored rank"]
     errors: Float[Tensor, "choices rank"]
     costs: tuple[int, ...]
 
 
 def code(exact: Components) -> Coded:
-    """Codes, scales, squared errors and costs in bytes of every component at 0, 1, 2, 3 and 4 bits."""
+    """Codes of both sides at 1 to 4 bits; scales, squared errors and costs in bytes of every choice of two of them."""
     energy = exact.s.double().square()
-    coded = [_code_at(exact, bits) for bits in WIDTHS]
-    columns, rows = exact.v.shape[1], exact.u.shape[1]
-    width = sum(Format("lm", 2, ROW).width(n) for n in (columns, rows))  # padded to whole bytes in every plane
-    return Coded(
-        tuple(c[0] for c in coded),
-        tuple(c[1] for c in coded),
-        torch.stack([exact.s * c[2] for c in coded]),
-        torch.stack([energy, *(energy * c[3] for c in coded)]),
-        (0, *(width * bits // 8 + SCALE_BYTES for bits in WIDTHS)),
-    )
-
-
-def _code_at(exact: Components, bits: int) -> tuple[PackedTensor, PackedTensor, Tensor, Tensor]:
-    """Unit codes of v and u, the scale g of their product and the part of the energy that is lost."""
-    v, u = _unit_codes(exact.v, bits), _unit_codes(exact.u, bits)
-    inner_v, norm_v = _fit(exact.seen(exact.v), exact.seen(decode(v)))
-    inner_u, norm_u = _fit(exact.u.double(), decode(u).double())
-    g = inner_v * inner_u / (norm_v * norm_u)
-    lost = 1 - (inner_v * inner_u).square() / (norm_v * norm_u)
-    return v, u, g.float(), lost.clamp_min(0)
+    a = tuple(_unit_codes(exact.v, bits) for bits in WIDTHS)
+    bt = tuple(_unit_codes(exact.u, bits) for bits in WIDTHS)
+    fit_a = [_fit(exact.seen(exact.v), exact.seen(decode(codes))) for codes in a]
+    fit_bt = [_fit(exact.u.double(), decode(codes).double()) for codes in bt]
+    scales, errors, costs = [], [energy], [0]
+    # padded to whole bytes in every plane
+    columns, rows = (Format("lm", 2, ROW).width(n) for n in (exact.v.shape[1], exact.u.shape[1]))
+    for bits_a, bits_bt in CHOICES:
+        (inner_v, norm_v), (inner_u, norm_u) = fit_a[bits_a - 1], fit_bt[bits_bt - 1]
+        scales.append((exact.s * inner_v * inner_u / (norm_v * norm_u)).float())
+        errors.append(energy * (1 - (inner_v * inner_u).square() / (norm_v * norm_u)).clamp_min(0))
+        costs.append((columns * bits_a + rows * bits_bt) // 8 + SCALE_BYTES)
+    return Coded(a, bt, torch.stack(scales), torch.stack(errors), tuple(costs))
 
 
 def _unit_codes(x: Float[Tensor, "rank columns"], bits: int) -> PackedTensor:
@@ -84,7 +82,7 @@ def _fit(
 
 
 def allocate(coded: Sequence[Coded], budget: int) -> tuple[list[Int[Tensor, " _"]], int]:
-    """Bits per component of each matrix, and their bytes (at most ``budget``): greatest fall of the error first."""
+    """The choice for each component of each matrix, and all bytes (up to ``budget``): greatest fall of error first."""
     ranks = [c.errors.shape[1] for c in coded]
     widths, spent = torch.zeros(sum(ranks), dtype=torch.int64), 0
     refused: set[int] = set()
@@ -117,41 +115,48 @@ def least(coded: Sequence[Coded]) -> list[Int[Tensor, " _"]] | None:
 
 
 def _steps(coded: Sequence[Coded]) -> list[tuple[int, int, int]]:
-    """(component, extra bytes, bits reached): the edges of every error curve's lower hull, steepest first."""
+    """(component, extra bytes, choice reached): the edges of every error curve's lower hull, steepest first."""
     errors = torch.cat([c.errors.T for c in coded])
     costs = torch.cat([torch.tensor(c.costs).expand(c.errors.shape[1], -1) for c in coded])
     at = torch.zeros(errors.shape[0], 1, dtype=torch.int64)
     found = []
-    for _ in WIDTHS:
+    while True:
         fall, extra = errors.gather(1, at) - errors, costs - costs.gather(1, at)
         slope, to = torch.where((extra > 0) & (fall > 0), fall / extra.clamp_min(1), -1.0).max(1, keepdim=True)
         live = (slope > 0).squeeze(1)
+        if not bool(live.any()):
+            break
         component = live.nonzero()
         found.append(torch.cat([slope[live], component, extra.gather(1, to)[live], to[live]], dim=1))
         at = torch.where(live.unsqueeze(1), to, at)
+    if not found:
+        return []
     edges = torch.cat(found)
     edges = edges[edges[:, 0].argsort(descending=True, stable=True)]
     return [(int(c), int(b), int(t)) for c, b, t in edges[:, 1:].tolist()]
 
 
 def pack(coded: Sequence[Coded], widths: Sequence[Int[Tensor, " _"]]) -> list[tuple[PackedBlock, ...]]:
-    """Blocks of each matrix, narrow components first: at most one block per width, all scales in one unit."""
-    rows = [[(bits, (w == bits).nonzero().squeeze(1)) for bits in WIDTHS if bool((w == bits).any())] for w in widths]
-    scales = [c.scales[bits - 1, index] for c, parts in zip(coded, rows, strict=True) for bits, index in parts]
+    """Blocks of each matrix, narrow components first: at most one block per choice, all scales in one unit."""
+    order = sorted(range(1, len(CHOICES) + 1), key=lambda choice: CHOICES[choice - 1])
+    rows = [
+        [(choice, found) for choice in order if (found := (w == choice).nonzero().squeeze(1)).numel()] for w in widths
+    ]
+    scales = [c.scales[choice - 1, index] for c, parts in zip(coded, rows, strict=True) for choice, index in parts]
     if not scales:
         return [() for _ in coded]
     stored, exponent = pack_scales(torch.cat(scales).unsqueeze(1))
     remaining = iter(stored.split([s.numel() for s in scales]))
     return [
-        tuple(_block(c, bits, index, next(remaining), exponent) for bits, index in parts)
+        tuple(_block(c, choice, index, next(remaining), exponent) for choice, index in parts)
         for c, parts in zip(coded, rows, strict=True)
     ]
 
 
-def _block(coded: Coded, bits: int, index: Tensor, scales: Tensor, exponent: Tensor) -> PackedBlock:
-    a, bt = coded.a[bits - 1], coded.bt[bits - 1]
-    count = index.numel()
+def _block(coded: Coded, choice: int, index: Tensor, scales: Tensor, exponent: Tensor) -> PackedBlock:
+    bits_a, bits_bt = CHOICES[choice - 1]
+    a, bt, count = coded.a[bits_a - 1], coded.bt[bits_bt - 1], index.numel()
     return PackedBlock(
-        PackedTensor(code_format(bits, ROW), (count, a.shape[1]), a.codes[index], scales, exponent),
+        PackedTensor(code_format(bits_a, ROW), (count, a.shape[1]), a.codes[index], scales, exponent),
         PackedTensor(bt.format, (count, bt.shape[1]), bt.codes[index], bt.scales[index], bt.exponent),
     )
