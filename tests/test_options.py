@@ -89,9 +89,3 @@ def test_scaling_is_alpha_over_r_or_its_root(settings: dict[str, Any], scaling: 
 def test_qlora_keeps_no_start() -> None:
     assert QuantizeOptions(solver="qlora").start_rank == 0
     assert QuantizeOptions(solver="qlora").scaling == 0
-
-
-def test_require_says_its_sentence() -> None:
-    options.require(True, "unused")
-    with pytest.raises(OptionError, match="said"):
-        options.require(False, "said")

@@ -1,0 +1,35 @@
+"""Every verb's options as frozen dataclasses, without torch: the CLI is made from them, and so is the Python API.
+
+A field's ``help`` becomes the flag's help text. Values are checked here, once, before any file is touched.
+"""
+
+from bitloft.options.compress import METHODS, CompressOptions
+from bitloft.options.convert import CODES, CONTAINS, DENSE_DTYPES, TARGETS, ConvertOptions, MergeOptions
+from bitloft.options.fields import option, require
+from bitloft.options.generate import KEY_VARIABLE, LOOPBACK, GenerateOptions, ServeOptions
+from bitloft.options.quantize import SOLVERS, QuantizeOptions
+from bitloft.options.train import DTYPES, SCHEDULES, STARTS, EvalOptions, TrainOptions
+
+__all__ = [
+    "CODES",
+    "CONTAINS",
+    "DENSE_DTYPES",
+    "DTYPES",
+    "KEY_VARIABLE",
+    "LOOPBACK",
+    "METHODS",
+    "SCHEDULES",
+    "SOLVERS",
+    "STARTS",
+    "TARGETS",
+    "CompressOptions",
+    "ConvertOptions",
+    "EvalOptions",
+    "GenerateOptions",
+    "MergeOptions",
+    "QuantizeOptions",
+    "ServeOptions",
+    "TrainOptions",
+    "option",
+    "require",
+]

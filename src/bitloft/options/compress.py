@@ -1,0 +1,66 @@
+"""How an adapter is packed."""
+
+from dataclasses import dataclass
+
+from bitloft.options.fields import option, require, require_choices, require_positive
+
+METHODS = {
+    "waterfill": ("bits", "quality"),
+    "loraquant": ("high", "ratio", "split"),
+    "rtn": ("high",),
+    "sign": (),
+    "gptq": ("high",),
+    "truncate": ("rank", "width"),
+    "shrink": ("quality",),
+}
+DEFAULTS: dict[str, str | float | int] = {"bits": 0.8, "high": 2, "ratio": 0.8, "split": "svd", "rank": 1, "width": 16}
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """How an adapter is packed: by water-filling under a budget or a quality, as LoRAQuant's paper does, or by a
+    baseline to compare with. What a method does not use must be left out."""
+
+    method: str = option(
+        "waterfill",
+        "waterfill (one budget over all components), loraquant (as published), or a baseline: rtn, sign, gptq, "
+        "truncate (a lower rank), shrink (no compression: a control)",
+    )
+    bits: float | None = option(None, "true bits per trained value, all files counted; for waterfill (default: 0.8)")
+    quality: float | None = option(
+        None, "in place of bits: the smallest size with a relative squared error of at most this; for waterfill, shrink"
+    )
+    high: int | None = option(None, "bits of loraquant's leading components (2 or 3), of rtn and gptq (default: 2)")
+    ratio: float | None = option(None, "energy share of the leading components; for loraquant (default: 0.8)")
+    split: str | None = option(None, "loraquant's ablation: leading by svd, norm or random (default: svd)")
+    rank: int | None = option(None, "rank that truncate keeps (default: 1)")
+    width: int | None = option(None, "bits of a value that truncate keeps, 16 or 8 (default: 16)")
+    refine: bool = option(True, "waterfill: joint refinement of codes; loraquant: search of the ranges")
+
+    def __post_init__(self) -> None:
+        require_choices(method=(self.method, METHODS))
+        used = METHODS[self.method]
+        for name in ("bits", "quality", "high", "ratio", "split", "rank", "width"):
+            ok = name in used or getattr(self, name) is None
+            require(ok, f"{name} does not apply to method {self.method}; leave it out.")
+        require(self.bits is None or self.quality is None, "bits and quality are two ways to choose a size; give one.")
+        require_positive(self, "bits", "rank")
+        require(self.quality is None or 0 < self.quality < 1, f"quality is {self.quality}; use an error from 0 to 1.")
+        highs, words = ((2, 3), "2 or 3") if self.method == "loraquant" else ((2, 3, 4), "2, 3 or 4")
+        require(self.high is None or self.high in highs, f"high is {self.high}; use {words}.")
+        require(self.method != "shrink" or self.quality is not None, "shrink needs quality, the error to imitate.")
+        require(self.ratio is None or 0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1.")
+        require_choices(split=(self.split or "svd", ("svd", "norm", "random")))
+        require(self.width in (None, 8, 16), f"width is {self.width}; use 16 or 8.")
+
+    @property
+    def settings(self) -> dict[str, str | float | int | bool]:
+        """The method with its settings, defaults filled in, as the manifest records them."""
+        found: dict[str, str | float | int | bool] = {"name": self.method}
+        for name in METHODS[self.method]:
+            value = DEFAULTS.get(name) if getattr(self, name) is None else getattr(self, name)
+            if value is not None and not (name == "bits" and self.quality is not None):
+                found[name] = value
+        if found.get("split") == "svd":
+            del found["split"]
+        return found if self.refine else found | {"refine": False}

@@ -1,0 +1,30 @@
+"""Fields with a help text, and the checks that every options class makes once, before any file is touched."""
+
+from collections.abc import Iterable
+from dataclasses import field
+from math import isfinite
+from typing import Any
+
+from bitloft.errors import OptionError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text for the CLI."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise OptionError(message) unless ``condition``."""
+    if not condition:
+        raise OptionError(message)
+
+
+def require_positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        require(value is None or (isfinite(value) and value > 0), f"{name} is {value}; use a positive number.")
+
+
+def require_choices(**choices: tuple[str, Iterable[str]]) -> None:
+    for name, (value, allowed) in choices.items():
+        require(value in allowed, f"unknown {name} {value!r}; use one of {', '.join(allowed)}.")

@@ -1,0 +1,67 @@
+"""How prompts are answered: by a command or by a server."""
+
+import os
+from dataclasses import dataclass, field
+from math import isfinite
+
+from bitloft.options.fields import option, require, require_positive
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How prompts are answered."""
+
+    max_tokens: int = option(128, "tokens of an answer at most")
+    temperature: float = option(0.0, "0 takes the likeliest token; higher values sample")
+    top_p: float = option(1.0, "sample among the likeliest tokens that hold this share of the probability")
+    seed: int = option(0, "seed of the sampling")
+    raw: bool = option(False, "continue the prompt as it is, without the chat template")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_tokens", "top_p")
+        require(
+            isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}; use 0 or more."
+        )
+        require(self.top_p <= 1, f"top_p is {self.top_p}; use a share above 0 and up to 1.")
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEY_VARIABLE = "BITLOFT_API_KEY"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a base and its adapters are served."""
+
+    name: str | None = option(None, "model name of the base (default: the name of its directory)")
+    host: str = option("127.0.0.1", "address to listen on; others than this machine need a key")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = field(
+        default=None, repr=False, metadata={"help": f"key that clients must send (default: {KEY_VARIABLE}, if set)"}
+    )
+    insecure_no_auth: bool = option(False, "allow a host that others reach without a key")
+    max_batch: int = option(8, "requests that are computed at the same time")
+    max_queue: int = option(64, "requests that may wait; more are refused with status 429")
+    context: int | None = option(None, "tokens of prompt and answer together (default: the model's own limit)")
+    max_tokens: int = option(1024, "tokens of an answer that a request may ask for")
+    queue_seconds: float = option(30.0, "a request that waited longer is refused with status 503")
+    request_seconds: float = option(600.0, "a request that takes longer ends with an error")
+    drain_seconds: float = option(30.0, "time that running requests have to end after SIGTERM")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_batch", "max_queue", "context", "max_tokens", "queue_seconds", "request_seconds")
+        require(0 <= self.port < 1 << 16, f"port is {self.port}; use 0 to 65535.")
+        require(
+            isfinite(self.drain_seconds) and self.drain_seconds >= 0,
+            f"drain_seconds is {self.drain_seconds}; use 0 or more.",
+        )
+        require(
+            self.host in LOOPBACK or self.key is not None or self.insecure_no_auth,
+            f"host {self.host} is reached from other machines; set a key (api_key or {KEY_VARIABLE}) or allow it "
+            "without one (insecure_no_auth).",
+        )
+
+    @property
+    def key(self) -> str | None:
+        """The key that clients must send, None for none: the option, else the environment's."""
+        return self.api_key or os.environ.get(KEY_VARIABLE) or None

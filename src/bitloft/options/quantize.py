@@ -1,0 +1,96 @@
+"""How a base is quantized."""
+
+from dataclasses import dataclass
+
+from bitloft.formats import Format
+from bitloft.options.fields import option, require, require_choices, require_positive
+from bitloft.patterns import first_layers_of, number_rule, patterns, split_rule, steps_of
+
+SOLVERS = ("loftq", "qlora", "qalora")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How a base is quantized and how its LoRA start is found.
+
+    Patterns are shell patterns over module paths or their ends after a dot; the first one that matches counts, and one
+    that matches nothing is refused (by ``rules.resolve``, which knows the modules).
+    """
+
+    format: str = option("lm4:64", "number format of the weights, such as nf4:64, lm2:64 or uniform3:128")
+    solver: str = option(
+        "loftq",
+        "loftq (repair the error with a low-rank start), qlora (round, start at zero; published with format nf4:64+dq) "
+        "or qalora (round to a format with +shift, into which pooled adapters merge)",
+    )
+    rank: int = option(16, "rank of the start; 0 stores none")
+    alpha: float | None = option(None, "scaling numerator of the start (default: the rank)")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank")
+    rank_for: tuple[str, ...] = option((), "PATTERN=RANK: another rank for the matching modules; repeat for more")
+    alpha_for: tuple[str, ...] = option((), "PATTERN=ALPHA: another alpha for the matching modules; repeat for more")
+    steps: int | str = option(5, "LoftQ alternations T, or auto: until the error stops falling; the best one is kept")
+    rules: tuple[str, ...] = option((), "PATTERN=FORMAT: another format for the matching modules; repeat for more")
+    first_layers: str | None = option(None, "K=FORMAT: another format for the first K layers, such as 4=nf4:64")
+    rest: str | None = option(None, "format of all other layers where first_layers is given (the same as format)")
+    target_bits: float | None = option(
+        None, "true bits per weight, scales counted, start not: each matrix gets the width where bytes help most"
+    )
+    check_text: str | None = option(
+        None, "text file: keep the widths of target_bits only where they beat one width for all in perplexity"
+    )
+    target: tuple[str, ...] = option((), "quantize only linears whose name matches one of these shell patterns")
+    skip: tuple[str, ...] = option((), "leave linears whose name matches one of these shell patterns in 16 bit")
+    embeddings: bool = option(False, "quantize token tables too; with a tied head, head must be given as well")
+    head: bool = option(False, "quantize the output head too; with a tied table, embeddings must be given as well")
+    start_format: str = option("lm4:64", "number format in which the start's factors are stored")
+    seed: int = option(0, "seed of the randomized SVD")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", steps_of(self.steps))
+        for name in ("rank_for", "alpha_for", "rules", "target", "skip"):
+            object.__setattr__(self, name, patterns(name, getattr(self, name)))
+        self._take_rest()
+        for text in (self.format, self.start_format, *(split_rule("rules", rule)[1] for rule in self.rules)):
+            Format.parse(text)
+        require_choices(solver=(self.solver, SOLVERS))
+        require(self.rank >= 0, f"rank is {self.rank}; use 0 or more.")
+        require(self.alpha is None or self.alpha > 0, f"alpha is {self.alpha}; use a positive number.")
+        for rule in self.rank_for:
+            require(number_rule("rank_for", rule) % 1 == 0, f"rank_for {rule!r}: use a whole number.")
+        for rule in self.alpha_for:
+            require(number_rule("alpha_for", rule) > 0, f"alpha_for {rule!r}: use a positive number.")
+        first_layers_of(self.first_layers)
+        require_positive(self, "target_bits")
+        fixed = [name for name in ("rules", "first_layers") if getattr(self, name)]
+        require(
+            self.target_bits is None or not fixed,
+            f"target_bits chooses the format of every matrix, and {' and '.join(fixed)} too; leave one of them out.",
+        )
+        require(
+            self.check_text is None or self.target_bits is not None,
+            "check_text compares the widths that target_bits chose; give target_bits too or leave check_text out.",
+        )
+
+    def _take_rest(self) -> None:
+        """``rest`` is another spelling of ``format``, for the paper's rule."""
+        if self.rest is None:
+            return
+        require(self.first_layers is not None, "rest is the format after the first layers; give first_layers too.")
+        require(
+            self.format in (self.rest, type(self).format),
+            f"format {self.format} and rest {self.rest} are two formats for the same layers; leave one of them out.",
+        )
+        object.__setattr__(self, "format", self.rest)
+
+    @property
+    def start_rank(self) -> int:
+        """Rank of the start that is stored: only LoftQ's is not zero."""
+        return self.rank if self.solver == "loftq" else 0
+
+    @property
+    def scaling(self) -> float:
+        """s0 of W ~ Q + s0 * B0 @ A0: alpha / r, or alpha / sqrt(r) with rslora; 0 without a start."""
+        if not self.start_rank:
+            return 0.0
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.rslora else self.rank)
