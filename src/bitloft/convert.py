@@ -132,9 +132,7 @@ def _dense(job: _Job, directory: Path) -> ConvertReport:
     linears = {name: linear_of(model, name, pair, job.adapter) for name, pair in pairs.items()}
     layers, changes = quant_linears(model), {}
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        exact = layer.dense()
-        if name in pairs:
-            exact = exact + pairs[name].product()
+        exact = layer.dense() + pairs[name].product() if name in pairs else layer.dense()
         changes[name] = _replace_dense(model, name, layer, exact, dtype)
         job.step(done, len(layers), name)
     for name in pairs.keys() - layers.keys():
@@ -144,7 +142,8 @@ def _dense(job: _Job, directory: Path) -> ConvertReport:
         changes[name] = relative(exact - weight.data.float(), exact)
     model = model.dequantize(dtype)
     _require_finite(model)
-    model.save_pretrained(directory)
+    with loading.quiet_loading():
+        model.save_pretrained(directory)
     copy_companions(job.base, directory)
     losses = {} if job.data is None else {"base": job.loss_of_base(), "converted": job.loss(directory)}
     return ConvertReport("dense", str(job.base), str(job.out), changes, losses=losses)

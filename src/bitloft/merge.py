@@ -3,12 +3,12 @@
 For each adapted matrix the base computes Q + s0*B0*A0 and the adapter adds s*B*A. Their sum M is quantized anew:
 
     codes new:   M ~ Q' + s0*B0'*A0'   by the base's own solver (LoftQ where a start is kept, rounding where not)
-    codes kept:  Q' = Q, and B0'*A0' is the best product of the new rank for s0*B0*A0 + s*B*A
+    codes kept:  Q' = Q, and B0'*A0' takes s*B*A in beside B0*A0 (their best product where the rank is too small)
 
 and change = |M - merged| / |M| is what the base lost by it. A trained adapter moves a weight by far less than the step
 of 2 to 4 bits, so new codes alone can round it away: that is why the change is also given relative to |s*B*A|, and why
-merging is a verb with a report and not a method of a layer. Keeping codes is nearly exact and costs bits for the rank.
-Matrices that the adapter does not touch keep every byte.
+merging is a verb with a report and not a method of a layer. Kept codes lose only the rounding of the adapter's factors
+to the start's format, and cost the bits of a higher rank. Matrices that the adapter does not touch keep every byte.
 """
 
 import time
@@ -36,7 +36,7 @@ from bitloft.errors import OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked
 from bitloft.formats import Format
-from bitloft.integrations.loading import BaseRecord, base_record, check_base, load, stored_dtype
+from bitloft.integrations.loading import BaseRecord, base_record, check_base, load, quiet_loading, stored_dtype
 from bitloft.kernels.ops import decode
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
@@ -44,7 +44,8 @@ from bitloft.options import EvalOptions, MergeOptions, QuantizeOptions
 from bitloft.rules import ModulePlan, StoredModule
 from bitloft.solvers import Solution, solve
 from bitloft.solvers.adapter import components
-from bitloft.solvers.base import pack_start, relative
+from bitloft.solvers.base import Start, pack_start, relative
+from bitloft.solvers.lowrank import balanced_factors
 
 REPORT = "bitloft_report.json"
 
@@ -109,9 +110,10 @@ def merge(
     losses = _losses(base, adapter, data, options, progress)
     with writing(out, overwrite=overwrite) as directory, torch.no_grad():
         model = load(base, dtype=stored_dtype(base))
-        untouched = len(quant_linears(model).keys() - factors.pairs.keys())
         matrices = _merge_all(model, factors, options, progress)
-        model.save_pretrained(directory)
+        untouched = len(quant_linears(model).keys() - {m.name for m in matrices})
+        with quiet_loading():
+            model.save_pretrained(directory)
         del model
         copy_companions(base, directory)
         after = None if data is None else evaluate(directory, data, None, _eval_options(options), progress=progress)
@@ -152,7 +154,8 @@ def _merge_all(
 ) -> list[MergedMatrix]:
     config = model.config.quantization_config
     reports = []
-    for done, (name, pair) in enumerate(factors.pairs.items(), start=1):
+    pairs = {name: pair for name, pair in factors.pairs.items() if pair.rank}  # a packed one may have dropped a module
+    for done, (name, pair) in enumerate(pairs.items(), start=1):
         began, layer = time.perf_counter(), linear_of(model, name, pair, factors.path)
         if isinstance(layer, QuantLinear):
             kind = StoredModule.read(config.modules[name], config.options, name).kind
@@ -171,7 +174,7 @@ def _merge_all(
         seconds = time.perf_counter() - began
         reports.append(MergedMatrix(name, spelling, rank, *change, size, start_size, seconds))
         if progress is not None:
-            progress(done, len(factors.pairs), name)
+            progress(done, len(pairs), name)
     return reports
 
 
@@ -184,10 +187,24 @@ def _merged(
     plan = ModulePlan(options.format or str(layer.format), "loftq" if rank else "qlora", rank, scaling * rank)
     if options.codes == "new":
         return solve(name, layer.dense() + pair.product(), plan, base), plan
-    exact = components(*_with_start(layer, pair), 1.0)
-    root = (exact.s[:rank] / scaling).sqrt().unsqueeze(1)
-    start = pack_start(root * exact.v[:rank], root * exact.u[:rank], scaling, Format.parse(base.start_format))
+    start = _grown_start(layer, pair, rank, scaling, Format.parse(base.start_format))
     return Solution(layer.packed_weight(), start, 0.0, 0.0), plan
+
+
+def _grown_start(layer: QuantLinear, pair: Pair, rank: int, scaling: float, fmt: Format) -> Start:
+    """A start of ``rank`` for s0*B0*A0 + s*B*A. With room for both, A0 and B0 are kept: what lies on a format's grid is
+    not rounded again, and only the adapter is. Else the sum's leading components."""
+    if rank >= layer.rank + pair.rank:
+        a, bt = _balanced(pair, pair.rank, scaling)
+        return pack_start(torch.cat([layer.start_a(), a]), torch.cat([layer.start_b().T, bt]), scaling, fmt)
+    both = stacked(Pair(layer.start_a(), layer.scaling * layer.start_b()), pair)
+    return pack_start(*_balanced(both, rank, scaling), scaling, fmt)
+
+
+def _balanced(pair: Pair, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A [rank, columns] and B^T [rank, rows] of the leading components, scaling * B @ A."""
+    exact = components(pair.a, pair.b, 1.0)
+    return balanced_factors(exact.u[:rank].T, exact.s[:rank], exact.v[:rank], scaling)
 
 
 def _rank(name: str, layer: QuantLinear, pair: Pair, options: MergeOptions) -> int:
@@ -199,11 +216,6 @@ def _rank(name: str, layer: QuantLinear, pair: Pair, options: MergeOptions) -> i
         return layer.rank if rank is None else rank
     most = min(layer.rank + pair.rank, limit)
     return most if rank is None else min(rank, most)
-
-
-def _with_start(layer: QuantLinear, pair: Pair) -> tuple[Tensor, Tensor]:
-    both = stacked(Pair(layer.start_a(), layer.scaling * layer.start_b()), pair)
-    return both.a, both.b
 
 
 def _changes(target: Float[Tensor, "rows columns"], solution: Solution, pair: Pair) -> tuple[float, float]:

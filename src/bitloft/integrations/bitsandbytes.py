@@ -27,6 +27,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitloft.errors import OptionError
 from bitloft.formats import NF4_LEVELS, Format
+from bitloft.integrations.loading import quiet_loading
 from bitloft.modules.linear import QuantLinear
 from bitloft.packed import PackedTensor, scales_of, unpack_bits
 
@@ -128,4 +129,5 @@ def save(model: PreTrainedModel, directory: Path, dtype: torch.dtype, dense: Ite
     """Write a model whose packed layers were replaced by ``Stored``; ``dense`` are the linears left as they are."""
     model.config.quantization_config = quantization_config(dtype, dense)
     model.hf_quantizer = None  # it would refuse what the model now holds
-    model.save_pretrained(directory)
+    with quiet_loading():
+        model.save_pretrained(directory)
