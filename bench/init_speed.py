@@ -14,6 +14,7 @@ at the memory rate measured here (read the matrix, write it back dequantized).
 """
 
 import sys
+from functools import partial
 
 import harness
 import torch
@@ -76,7 +77,7 @@ def peft_loftq(weight: Tensor, rank: int, steps: int) -> tuple[float, float]:
     repair, residual, spent = torch.zeros_like(weight), weight, 0.0
     for _ in range(steps):
         residual = weight - decode(encode(weight - repair, FORMAT))
-        seconds, (u, s, vt) = harness.seconds_of(lambda m=residual: torch.linalg.svd(m, full_matrices=False))
+        seconds, (u, s, vt) = harness.seconds_of(partial(torch.linalg.svd, residual, full_matrices=False))
         spent += seconds
         root = s[:rank].sqrt()
         repair = (u[:, :rank] * root) @ (root[:, None] * vt[:rank])

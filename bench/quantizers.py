@@ -64,7 +64,7 @@ def main() -> int:
         _print(name, errors[name])
     worse = _worse(errors, set(formats))
     print(
-        "worse than a peer at equal true bits: " + (", ".join(w["peer"] + " on " + w["data"] for w in worse) or "none")
+        "worse than a peer at equal true bits: " + (", ".join(f"{w['peer']} on {w['data']}" for w in worse) or "none")
     )
     figures = {
         "lm2_gauss": round(errors["gauss"]["lm2:64"][0], 5),

@@ -93,7 +93,8 @@ def row(setting: Setting, shapes: list[tuple[int, int, bool]], packed: int, tota
     """One setting: the ratio that the paper's way of counting gives, the three of ours, true bits per packed weight."""
     fmt = Format.parse(setting.format)
     stored = sum(nbytes((rows, columns), fmt) for rows, columns, _ in shapes)
-    start = payload_start = adapter = backbone = counted = 0
+    start = adapter = backbone = counted = 0
+    payload_start = 0.0
     for rows, columns, linear in shapes:
         if linear:
             backbone, counted = backbone + nbytes((rows, columns), fmt), counted + rows * columns
@@ -129,7 +130,7 @@ def matrices(model: nn.Module, embedding: bool) -> Iterator[tuple[int, int, bool
             yield module.num_embeddings, module.embedding_dim, False
 
 
-def deberta() -> nn.Module:
+def deberta() -> Any:
     from transformers import DebertaV2Config, DebertaV2Model
 
     return DebertaV2Model(
@@ -141,7 +142,7 @@ def deberta() -> nn.Module:
     )  # fmt: skip
 
 
-def bart() -> nn.Module:
+def bart() -> Any:
     from transformers import BartConfig, BartForConditionalGeneration
 
     return BartForConditionalGeneration(
@@ -150,7 +151,7 @@ def bart() -> nn.Module:
     )  # fmt: skip
 
 
-def llama(hidden: int, middle: int, layers: int, heads: int) -> nn.Module:
+def llama(hidden: int, middle: int, layers: int, heads: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(

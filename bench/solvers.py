@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _grid(case: Case, formats: tuple[str, ...], cells: harness.Cells) -> list[di
     first = {"model": case.name, "format": "float", "solver": "-", "steps": 0, "rank": 0}
     rows = [cells.get(first, lambda: _figures(0.0, case.measure(case.model), 32.0, 0.0))]
     chosen = [name for name, kind in select_modules(case.model, QuantizeOptions()).chosen.items() if kind == "linear"]
-    weights = {name: case.model.get_submodule(name).weight.data.clone() for name in chosen}
+    weights = {name: case.model.get_parameter(f"{name}.weight").data.clone() for name in chosen}
     for spelling in formats:
         for solver, steps in SOLVERS:
             if solver == "qalora" and not spelling.endswith("+shift"):
@@ -94,7 +95,7 @@ def _grid(case: Case, formats: tuple[str, ...], cells: harness.Cells) -> list[di
             rank = case.rank if solver == "loftq" else 0
             key = {"model": case.name, "format": spelling, "solver": solver, "steps": steps, "rank": rank}
             plan, options = ModulePlan(spelling, solver, rank), QuantizeOptions(steps=steps)
-            rows.append(cells.get(key, lambda plan=plan, options=options: _cell(case, weights, plan, options)))
+            rows.append(cells.get(key, partial(_cell, case, weights, plan, options)))
     for name, weight in weights.items():
         case.model.get_submodule(name).weight.data = weight
     return [{**row["key"], **{k: v for k, v in row.items() if k != "key"}} for row in rows]
@@ -104,7 +105,7 @@ def _cell(case: Case, weights: dict[str, Tensor], plan: ModulePlan, options: Qua
     """Solve every matrix, put the result in its place, measure."""
     lost = energy = stored = seconds = 0.0
     for name, weight in weights.items():
-        spent, solution = harness.seconds_of(lambda n=name, w=weight: solve(n, w, plan, options))
+        spent, solution = harness.seconds_of(partial(solve, name, weight, plan, options))
         seconds += spent
         values, stored = decode(solution.weight), stored + solution.weight.nbytes
         if solution.start is not None:
@@ -184,7 +185,7 @@ def _smollm2(folder: Path, text: Path, blocks: int) -> Case:
     piece.write_text(text.read_text(encoding="utf-8")[: blocks * 512 * 8], encoding="utf-8")
 
     def perplexity(model: nn.Module) -> float:
-        return evaluate(model, piece, tokenizer=tokenizer, length=512, limit=blocks, batch=2).perplexity  # type: ignore[arg-type]
+        return evaluate(model, piece, tokenizer=tokenizer, length=512, limit=blocks, batch=2).perplexity
 
     return Case("SmolLM2", model, 16, "perplexity", "lower", perplexity)
 
@@ -232,7 +233,8 @@ def _bart(folder: Path, limit: int) -> Case:
 
     @torch.inference_mode()
     def exact(model: nn.Module) -> float:
-        answers = model.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_length=64, num_beams=1)
+        generate: Any = model.generate
+        answers = generate(input_ids=ids, attention_mask=(ids != 0).long(), max_length=64, num_beams=1)
         said = ["".join(phonemes[i] for i in answer.tolist() if i > 3) for answer in answers]
         return sum(a == b for a, (_, b) in zip(said, words, strict=True)) / len(words)
 

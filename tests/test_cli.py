@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bitloft import __version__, cli, console
+from bitloft.adapters import read_packed
 from bitloft.options import CompressOptions, QuantizeOptions, TrainOptions
-from tests.helpers import write_rows
+from tests.helpers import make_adapter, write_rows
 
 runner = CliRunner()
 
@@ -41,6 +42,21 @@ def test_every_option_is_a_flag_with_its_help(name: str, options: type) -> None:
     for f in fields(options):
         assert "--" + f.name.replace("_", "-") in help_text
         assert " ".join(f.metadata["help"].split()[:3]) in help_text
+
+
+def test_a_directory_of_adapters_is_packed_with_a_row_each(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_adapter(tmp_path / "in" / name, rank=8)
+    (tmp_path / "in" / "two" / "adapter_model.safetensors").write_bytes(b"junk")
+    arguments = ["compress", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--bits", "4", "--no-refine"]
+    result = runner.invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "1 packed, 0 kept, 1 failed" in result.stdout
+    assert read_packed(tmp_path / "out" / "one").method == {"name": "waterfill", "bits": 4.0, "refine": False}
+    make_adapter(tmp_path / "in" / "two", rank=8)
+    assert "1 packed, 1 kept, 0 failed" in run(*arguments)
+    assert "needs a directory of adapters" in refused("compress", tmp_path / "in" / "one", "--out", "x", "--jobs", "2")
+    assert "is for one adapter" in refused(*arguments, "--overwrite")
 
 
 def test_the_commands_are_these() -> None:

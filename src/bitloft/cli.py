@@ -60,7 +60,9 @@ def _flags(kind: type) -> list[inspect.Parameter]:
             hint = Optional[next(a for a in get_args(hint) if a is not type(None))]  # noqa: UP045 (typer's spelling)
         elif str in get_args(hint):  # a number or a word: the options read the number
             hint, default = str, str(default)
-        about = typer.Option("--" + f.name.replace("_", "-"), help=f.metadata["help"])
+        flag = "--" + f.name.replace("_", "-")
+        flag += flag.replace("--", "/--no-") if default is True else ""  # what is on by default needs a way off
+        about = typer.Option(flag, help=f.metadata["help"])
         annotation: Any = Annotated[hint, about]
         flags.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return flags
