@@ -43,8 +43,18 @@ def test_the_target_is_met_within_a_hundredth_and_scales_count(target: float) ->
     assert found.true_bits == 8 * stored / weights
     assert 0.99 * target <= found.true_bits <= target
     assert found.error == pytest.approx(sum(by_name[n][f].error for n, f in found.formats.items()))
-    assert found.uniform_bits <= found.true_bits
+    assert found.uniform_bits <= target * 1.001
     assert found.error <= found.uniform_error
+
+
+def test_the_width_that_the_target_names_is_compared_with() -> None:
+    """lm3:64 takes 3.25 bits and four bytes a matrix; the allocation itself stays below the target."""
+    choices = {f"m{i}": measure(torch.randn(128, 256) * (1 + i % 3), LM) for i in range(30)}
+    found = allocate(choices, 30 * 128 * 256, 3.25)
+    assert found.uniform == "lm3:64"
+    assert 3.25 < found.uniform_bits < 3.253
+    assert found.true_bits <= 3.25
+    assert found.error < found.uniform_error
 
 
 def test_louder_matrices_get_more_bits() -> None:

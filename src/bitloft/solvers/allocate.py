@@ -21,6 +21,10 @@ from bitloft.errors import FormatError, OptionError
 from bitloft.formats import Format, layout
 from bitloft.kernels.ops import decode, encode
 
+# One width for all may exceed the budget by this much and still be compared with: 3.25 bits mean lm3:64, though four
+# bytes of exponent per matrix make it 3.2501.
+SLACK = 1e-3
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,7 +38,7 @@ class Choice:
 @dataclass(frozen=True)
 class Allocation:
     """A format for every matrix, with the true bits per weight and the squared error of all; beside it the widest
-    single format that is not larger, ``uniform``."""
+    single format that is not larger (but for SLACK), ``uniform``."""
 
     formats: dict[str, str]
     target_bits: float
@@ -104,8 +108,8 @@ def allocate(choices: Mapping[str, Sequence[Choice]], weights: int, target_bits:
                 spent += after.bytes - chosen[name].bytes
                 chosen[name] = after
     found = _total(list(chosen.values()))
-    uniform = max((t for t in totals if t.bytes <= spent), key=lambda t: t.bytes)
-    if uniform.error < found.error:  # the greedy order may miss by its last step
+    uniform = max((t for t in totals if t.bytes <= budget * (1 + SLACK)), key=lambda t: t.bytes)
+    if uniform.bytes <= budget and uniform.error < found.error:  # the greedy order may miss by its last step
         index = totals.index(uniform)
         found, chosen = uniform, {name: options[index] for name, options in choices.items()}
     return Allocation(
