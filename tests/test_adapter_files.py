@@ -179,6 +179,26 @@ def test_a_table_and_payload_that_do_not_fit_are_refused(packed: Path) -> None:
             read_packed(packed)
 
 
+def test_half_precision_codes_behind_odd_bytes_are_read_and_checked(tmp_path: Path) -> None:
+    """The codes of the first module end at an odd byte; an infinite half among the second's codes is refused."""
+    from safetensors.torch import save
+
+    odd = [made("m.a", 8, 16, [("sign:row", "sign:unit", 1)]), made("m.b", 9, 7, [("half:row", "half:unit", 2)])]
+    directory = write(tmp_path / "p", odd)
+    stored = read_packed(directory).modules["m.b"].blocks[0]
+    for found, exact in ((stored.a, odd[1].blocks[0].a), (stored.bt, odd[1].blocks[0].bt)):
+        assert torch.equal(decode(found), decode(exact))
+    tensors = {name: t.clone() for name, t in load_file(directory / PACKED_FILE).items()}
+    tensors["payload"][-2:] = torch.tensor([0, 0x7C], dtype=torch.uint8)
+    data = save(tensors)
+    (directory / PACKED_FILE).write_bytes(data)
+    sums = json.loads((directory / "manifest.json").read_text())["files"]
+    sums[PACKED_FILE] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(directory, files=sums)
+    with pytest.raises(CheckpointError, match="a value that is NaN or infinite"):
+        read_packed(directory)
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, PACKED_FILE, "manifest.json"])
 def test_a_missing_file_is_named(packed: Path, name: str) -> None:
     (packed / name).unlink()
