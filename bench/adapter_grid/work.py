@@ -73,7 +73,7 @@ class Work:
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
             data = self.data(setting.task, "train")
-            train(self.base(setting.base), data, out, rank=setting.rank, alpha=2 * setting.rank, seed=setting.seed,
+            train(self.base(setting.base), data, out, rank=setting.rank, alpha=2.0 * setting.rank, seed=setting.seed,
                   resume=False, **self.train)  # fmt: skip
         return out
 

@@ -66,8 +66,11 @@ def decode_columns(
     if len(packed.shape) != 2:
         raise KernelError(f"decode_columns takes a matrix; the tensor has shape {packed.shape}.")
     fmt, width = packed.format, packed.shape[1]
-    levels = torch.tensor(levels_of(packed), dtype=dtype, device=packed.codes.device)
-    values = levels[_codes_at(packed, columns).int()]
+    if fmt.family == "half":
+        values = packed.codes.clone().view(torch.float16)[:, columns].to(dtype)  # a view may begin at an odd byte
+    else:
+        levels = torch.tensor(levels_of(packed), dtype=dtype, device=packed.codes.device)
+        values = levels[_codes_at(packed, columns).int()]
     if fmt.group == UNIT or not values.numel():
         return values
     group = columns // fmt.group_size(width)
