@@ -40,6 +40,7 @@ LAYERS = (
     ("quantize",),
     ("merge", "convert"),
     ("serve",),
+    ("terminal",),
     ("console",),
     ("console_convert",),
     ("cli",),

@@ -105,16 +105,3 @@ def test_errors_are_one_line(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_unknown_flags_are_errors() -> None:
     assert runner.invoke(cli.app, ["quantize", "m", "--out", "o", "--bits", "2"]).exit_code == 2
-
-
-def test_adapters_are_named(tmp_path: Path) -> None:
-    assert console.named_paths(["a=x/y", "x/z"]) == {"a": Path("x/y"), "z": Path("x/z")}
-    from bitloft.errors import OptionError
-
-    with pytest.raises(OptionError, match="two adapters are named 'y'"):
-        console.named_paths(["x/y", "z/y"])
-
-
-@pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (12_345, "12.3 kB"), (115_900_000, "116 MB")])
-def test_sizes_read_well(count: int, text: str) -> None:
-    assert console.size(count) == text

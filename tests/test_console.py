@@ -1,19 +1,14 @@
-"""What commands print: tables that hold their figures, and progress that speaks on a pipe too."""
+"""The rows of the command table: adapters named on the command line."""
+
+from pathlib import Path
 
 import pytest
 
 from bitloft import console
+from bitloft.errors import OptionError
 
 
-def test_tables_hold_every_row(capsys: pytest.CaptureFixture[str]) -> None:
-    console._print(console.table(("a", "b"), [("x", 1.23456), ("y", 2)]))
-    out = capsys.readouterr().out
-    assert "1.235" in out
-    assert "y" in out
-
-
-def test_progress_ends_with_a_line_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("working") as step:
-        for done in range(1, 4):
-            step(done, 3, f"part {done}")
-    assert "working: 3 of 3 (part 3)" in capsys.readouterr().err
+def test_adapters_are_named() -> None:
+    assert console.named_paths(["a=x/y", "x/z"]) == {"a": Path("x/y"), "z": Path("x/z")}
+    with pytest.raises(OptionError, match="two adapters are named 'y'"):
+        console.named_paths(["x/y", "z/y"])

@@ -6,7 +6,7 @@ import pytest
 
 from bitloft.compress import compress
 from bitloft.errors import CheckpointError
-from bitloft.inspection import compare, inspect, machine
+from bitloft.inspection import compare, inspect, machine, page_of
 from bitloft.quantize import quantize
 from tests.helpers import make_adapter
 
@@ -107,3 +107,12 @@ def test_other_places_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 def test_machine_names_versions_and_kernels() -> None:
     facts = machine()
     assert {"bitloft", "torch", "transformers", "peft", "kernels", "threads"} <= set(facts)
+
+
+def test_a_page_holds_facts_table_and_plot(tiny_model: Path, tmp_path: Path) -> None:
+    report = quantize(tiny_model, tmp_path / "b", format="lm2:64", rank=4)
+    made = page_of(inspect(tmp_path / "b"), "b")
+    assert report.fingerprint in made
+    assert all(matrix.name in made for matrix in report.matrices)
+    assert "data:image/svg+xml" in made
+    assert "<script" not in made

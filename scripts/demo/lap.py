@@ -8,10 +8,10 @@ from typing import Any
 import bitloft
 from bitloft.adapters import is_packed, read_packed
 from bitloft.checkpoint import fingerprint, sha256, weight_files
-from bitloft.console import progress
 from bitloft.generate import generate
 from bitloft.options import CompressOptions, EvalOptions, GenerateOptions, QuantizeOptions, TrainOptions
 from bitloft.report import pm, size
+from bitloft.terminal import progress
 from scripts.demo import data, model, server
 from scripts.demo.ledger import Ledger, Result
 from scripts.demo.settings import FORMATS, PROMPTS, TRAINED_ON, Settings

@@ -4,11 +4,9 @@ Verbs are imported inside the functions, so that ``bitloft --help`` loads neithe
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +19,8 @@ from bitloft.options import (
     ServeOptions,
     TrainOptions,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from bitloft.report import size
+from bitloft.terminal import emit, progress, show, table
 
 Base = Annotated[Path, typer.Argument(metavar="DIR", help="a base made by `bitloft quantize`")]
 Out = Annotated[Path, typer.Option("--out", help="directory to make; written beside and renamed")]
@@ -157,7 +154,7 @@ def _compress_all(
         report = compress_all(adapters, out, options, base=base, jobs=jobs, progress=step)
     counts = ", ".join(f"{report.count(state)} {state}" for state in ("packed", "kept", "failed"))
     show(f"packed adapters {out}", {"adapters": counts, "report": str(out / "reports" / "index.html")})
-    _print(
+    emit(
         table(
             ("adapter", "state", "true bits", "error", "stored", "note"),
             [(r.name, r.state, r.true_bits or "", r.error or "", size(r.bytes or 0), r.reason) for r in report.rows],
@@ -261,17 +258,23 @@ def serve(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a base, a plain adapter or a packed one")],
     other: Annotated[Path | None, typer.Option("--compare", help="another base to put beside it")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="write table and plot to this file instead")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Show what is inside: per module format, true bits, payload bits and error; or two bases side by side."""
     from bitloft import inspection
+    from bitloft.report import write
 
     found = inspection.inspect(path) if other is None else inspection.compare(path, other)
+    if page is not None:
+        write(page, inspection.page_of(found, str(path)))
+        show(str(page), {"table and plot of": f"{found.kind} {path}"})
+        return
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
         return
     show(f"{found.kind} {path}", found.summary)
-    _print(table(found.columns, found.rows))
+    emit(table(found.columns, found.rows))
 
 
 def info() -> None:
@@ -292,58 +295,3 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "info": info,
 }
-
-
-def size(count: int) -> str:
-    """Bytes for people: 1,000-based, three digits."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= power:
-            return f"{count / power:.3g} {unit}"
-    return f"{count} B"
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> "Table":
-    from rich.table import Table
-
-    made = Table(*columns)
-    for row in rows:
-        made.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    return made
-
-
-def show(title: str, facts: Mapping[str, object]) -> None:
-    """A titled list of facts."""
-    from rich.table import Table
-
-    made = Table(title=title, show_header=False, title_justify="left")
-    for key, value in facts.items():
-        made.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    _print(made)
-
-
-def _print(item: Any) -> None:
-    from rich.console import Console
-
-    Console().print(item)
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with time left on stderr; on a pipe, a line every ten seconds. Yields step(done, total, name)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        spoken = time.monotonic()
-
-        def step(done: int, total: int, name: str) -> None:
-            nonlocal spoken
-            bar.update(task, completed=done, total=total, description=f"{title} {name}")
-            if not console.is_terminal and (time.monotonic() - spoken > 10 or done == total):
-                spoken = time.monotonic()
-                console.print(f"{title}: {done} of {total} ({name})", highlight=False)
-
-        yield step

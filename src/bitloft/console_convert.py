@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from bitloft.console import Base, Out, Overwrite, progress, show, size
+from bitloft.console import Base, Out, Overwrite
 from bitloft.options import ConvertOptions, MergeOptions
+from bitloft.report import size
+from bitloft.terminal import progress, show
 
 Text = Annotated[
     Path | None, typer.Option("--data", help="FILE.jsonl or FILE.txt to measure the loss on, before, after")

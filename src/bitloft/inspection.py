@@ -20,6 +20,7 @@ from bitloft.formats import Format
 from bitloft.kernels import ops
 from bitloft.modules.parts import stored_names
 from bitloft.options import QuantizeOptions
+from bitloft.report import Section, Table, is_number, lines, page
 from bitloft.rules import StoredModule
 
 REPORT = "bitloft_report.json"
@@ -204,6 +205,24 @@ def _adapter(path: Path) -> Inspection:
         "ignored": ", ".join(ignored_pickles(path)) or "nothing",
     }
     return Inspection("adapter", summary, ("module", "shape", "rank", "scaling"), tuple(rows))
+
+
+def page_of(found: Inspection, title: str) -> str:
+    """One HTML page: facts, the errors of all modules as a plot, the table. Raises OptionError without matplotlib."""
+    facts = Table(("", ""), tuple((key, _cell(value)) for key, value in found.summary.items()))
+    modules = Table(found.columns, tuple(tuple(_cell(cell) for cell in row) for row in found.rows))
+    series: dict[str, list[tuple[float, float]]] = {}
+    for column, name in enumerate(found.columns):
+        if "error" in name or name == "with start":
+            cells = [(float(n), _cell(row[column])) for n, row in enumerate(found.rows, 1)]
+            series[name] = [(n, float(cell)) for n, cell in cells if is_number(cell)]
+    shown = {name: points for name, points in series.items() if points}
+    plot = (lines(shown, x="module, in the table's order", y="error", caption="Errors"),) if shown else ()
+    return page(f"{found.kind} {title}", [Section("Facts", (facts,)), Section("Modules", (*plot, modules))])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def machine() -> dict[str, object]:

@@ -15,10 +15,12 @@ from bitloft.errors import OptionError
 from bitloft.formats import Format
 from bitloft.kernels.ops import decode, encode
 from bitloft.solvers.base import Solution, pack_start, relative
-from bitloft.solvers.lowrank import balanced_factors, truncated_svd
+from bitloft.solvers.lowrank import ITERATIONS, balanced_factors, truncated_svd
 
 # `auto` steps: the error falls by about 2 % a step at first; below a thousandth a step costs more than it repairs.
 SETTLED = 1e-3
+# Passes of the SVD that starts from the step before it: what is new in the residual is spread over all directions.
+WARM_ITERATIONS = 1
 MOST = 20
 
 
@@ -40,16 +42,19 @@ def loftq(
     if rank > min(weight.shape):
         raise OptionError(f"rank {rank} exceeds min(m, n) = {min(weight.shape)} of a {tuple(weight.shape)} matrix.")
     best: Solution | None = None
-    before, repair, warm = 0.0, torch.zeros_like(weight), None
+    before, warm, target = 0.0, None, weight
     for step in range(MOST if steps is None else steps):
-        packed = encode(weight - repair, fmt)
-        residual = weight - decode(packed)
+        packed = encode(target, fmt)
+        # written over Q, and below over itself: to fault in a fresh buffer costs as much as the pass over it
+        residual = torch.sub(weight, dense := decode(packed), out=dense)
         if step == 0:
             before = relative(residual, weight)
-        u, s, vt = truncated_svd(residual, rank, generator, start=warm)
+        passes = ITERATIONS if warm is None else WARM_ITERATIONS
+        u, s, vt = truncated_svd(residual, rank, generator, start=warm, iterations=passes)
         start = pack_start(*balanced_factors(u, s, vt, scaling), scaling, start_format)
-        repair, warm = start.product(), vt.T
-        found = Solution(packed, start, before, relative(residual - repair, weight))
+        a, b, warm = decode(start.a), decode(start.bt).T, vt.T
+        found = Solution(packed, start, before, relative(residual.addmm_(b, a, alpha=-scaling), weight))
+        target = torch.addmm(weight, b, a, alpha=-scaling)
         settled = best is not None and found.error_after >= best.error_after * (1 - SETTLED)
         best = _better(best, found)
         if steps is None and settled:
