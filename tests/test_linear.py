@@ -22,7 +22,7 @@ def layer(fmt: str = "lm2:64", rows: int = 48, columns: int = 100, rank: int = 4
         Format.parse(fmt),
         bias=torch.randn(rows) if bias else None,
         rank=rank,
-        scaling=options.scaling,
+        scaling=plan_of(options).scaling,
         start_format=Format.parse(options.start_format),
     )
     made.load_solution(solve("w", torch.randn(rows, columns), plan_of(options), options))
@@ -51,7 +51,12 @@ def test_the_report_is_what_the_layer_computes() -> None:
         options = QuantizeOptions(format="nf2:64", rank=8, **settings)
         found = solve("w", weight, plan_of(options), options)
         module = QuantLinear(
-            128, 64, Format.parse("nf2:64"), rank=8, scaling=options.scaling, start_format=Format.parse("lm4:64")
+            128,
+            64,
+            Format.parse("nf2:64"),
+            rank=8,
+            scaling=plan_of(options).scaling,
+            start_format=Format.parse("lm4:64"),
         )
         module.load_solution(found)
         error = torch.linalg.vector_norm(weight - module.dense()) / torch.linalg.vector_norm(weight)

@@ -8,6 +8,7 @@ import pytest
 from bitloft import options
 from bitloft.errors import FormatError, OptionError
 from bitloft.options import QuantizeOptions
+from bitloft.rules import plan_of
 
 KINDS = [kind for name, kind in vars(options).items() if name.endswith("Options") and is_dataclass(kind)]
 
@@ -83,9 +84,9 @@ def test_every_field_has_a_help_and_a_default_that_is_valid(kind: Any) -> None:
     ],
 )
 def test_scaling_is_alpha_over_r_or_its_root(settings: dict[str, Any], scaling: float) -> None:
-    assert QuantizeOptions(**settings).scaling == scaling
+    assert plan_of(QuantizeOptions(**settings)).scaling == scaling
 
 
 def test_qlora_keeps_no_start() -> None:
-    assert QuantizeOptions(solver="qlora").start_rank == 0
-    assert QuantizeOptions(solver="qlora").scaling == 0
+    assert plan_of(QuantizeOptions(solver="qlora")).start_rank == 0
+    assert plan_of(QuantizeOptions(solver="qlora")).scaling == 0

@@ -4,11 +4,13 @@ from typing import Any
 
 from bitloft import __version__
 from bitloft.options import QuantizeOptions
+from bitloft.rules import plan_of
 
 
 def of_base(report: Any, options: QuantizeOptions) -> str:
     """README.md of a base directory; ``report`` is a QuantizeReport."""
-    start = f"rank {options.start_rank}, {options.start_format}" if options.start_rank else "none"
+    rank = plan_of(options).start_rank
+    start = f"rank {rank}, {options.start_format}" if rank else "none"
     return f"""---
 library_name: transformers
 tags: [bitloft, {options.format}, {options.solver}]

@@ -81,16 +81,3 @@ class QuantizeOptions:
             f"format {self.format} and rest {self.rest} are two formats for the same layers; leave one of them out.",
         )
         object.__setattr__(self, "format", self.rest)
-
-    @property
-    def start_rank(self) -> int:
-        """Rank of the start that is stored: only LoftQ's is not zero."""
-        return self.rank if self.solver == "loftq" else 0
-
-    @property
-    def scaling(self) -> float:
-        """s0 of W ~ Q + s0 * B0 @ A0: alpha / r, or alpha / sqrt(r) with rslora; 0 without a start."""
-        if not self.start_rank:
-            return 0.0
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (self.rank**0.5 if self.rslora else self.rank)
