@@ -6,7 +6,6 @@ process grew by. Counts that would take more than half of the free memory are le
 last line of stdout is one JSON object.
 """
 
-import argparse
 import gc
 import json
 import multiprocessing
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import harness
 import torch
 from safetensors.torch import save_file
 
@@ -34,13 +34,12 @@ LIMIT = 1.1  # resident bytes per payload byte, at the largest count
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", dest="mode", action="store_const", const="smoke")
-    parser.add_argument("--quick", dest="mode", action="store_const", const="quick")
+    parser = harness.parser(__doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("--bits", type=float, default=0.5)
     given = parser.parse_args()
-    mode = given.mode or "full"
-    torch.set_num_threads(1)
+    harness.begin(given)
+    mode = given.mode
     layers, counts = MODES[mode]
     with tempfile.TemporaryDirectory() as place:
         plain, packed = Path(place) / "plain", Path(place) / "packed"
@@ -53,11 +52,8 @@ def main() -> int:
                     rows.append(pool.apply(measured, (packed, count)))
     last = rows[-1]
     over = last["resident_per_payload"] > LIMIT
+    shape = {"modules": layers * len(SMOLLM2), "rank": RANK, "values": values}
     result = {
-        "bench": "adapter_memory",
-        "mode": mode,
-        "shape": {"modules": layers * len(SMOLLM2), "rank": RANK, "values": values},
-        "threads": 1,
         "true_bits": round(report.true_bits, 4),
         "bytes_on_disk": report.bytes,
         "bytes_16_bit": 2 * values,
@@ -66,7 +62,7 @@ def main() -> int:
         "resident_per_payload": last["resident_per_payload"],
         "limit": LIMIT,
     }
-    print(json.dumps(result))
+    harness.finish("adapter_memory", given, shape, result)
     return 1 if over and mode != "smoke" else 0
 
 

@@ -5,16 +5,15 @@ of the leading components. It is timed on one module of each shape, fewer steps,
 JSON says from how many. `--quick` packs one layer, `--smoke` a toy. The last line of stdout is one JSON object.
 """
 
-import argparse
 import json
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import torch
 from safetensors.torch import save_file
 
@@ -34,34 +33,27 @@ LIMITS = {"seconds": 60.0, "speedup_vs_full_svd": 50.0}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", dest="mode", action="store_const", const="smoke")
-    parser.add_argument("--quick", dest="mode", action="store_const", const="quick")
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    mode = given.mode or "full"
-    torch.set_num_threads(given.threads)
+    given = harness.parser(__doc__).parse_args()
+    harness.begin(given)
+    mode = given.mode
     shapes, layers = MODES[mode]
     with tempfile.TemporaryDirectory() as place:
         values = write_adapter(Path(place) / "adapter", shapes, layers)
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own: its peak memory is its own
-            packed = pool.apply(measured, (Path(place), 2 * BITS if mode == "smoke" else BITS, given.threads))
+            packed = pool.apply(measured, (Path(place), 2 * BITS if mode == "smoke" else BITS, torch.get_num_threads()))
     published = layers * sum(full_svd_seconds(*shape) for shape in shapes.values())
+    speedup = round(published / packed["seconds"], 1)
+    shape = {"layers": layers, "modules": layers * len(shapes), "rank": RANK, "values": values}
     result = {
-        "bench": "compress_speed",
-        "mode": mode,
-        "shape": {"layers": layers, "modules": layers * len(shapes), "rank": RANK, "values": values},
-        "threads": given.threads,
-        "cpus": os.cpu_count(),
         **packed,
         "published_seconds": round(published, 1),
         "published_from": f"a module of each of {len(set(shapes.values()))} shapes, {TIMED_STEPS} of {STEPS} steps",
         "published_components": LEADING,
-        "speedup_vs_full_svd": round(published / packed["seconds"], 1),
+        "speedup_vs_full_svd": speedup,
         "limits": LIMITS,
     }
-    print(json.dumps(result))
-    over = packed["seconds"] > LIMITS["seconds"] or result["speedup_vs_full_svd"] < LIMITS["speedup_vs_full_svd"]
+    harness.finish("compress_speed", given, shape, result)
+    over = packed["seconds"] > LIMITS["seconds"] or speedup < LIMITS["speedup_vs_full_svd"]
     return 1 if over and mode == "full" else 0
 
 
