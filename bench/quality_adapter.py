@@ -1,35 +1,50 @@
 """What compressed adapters keep of their gain: real adapters, every method, many sizes; error, loss, retained gain.
 
-Adapters are trained on packed bases (NF4 and 2 bits) of SmolLM2, then packed by every method and judged by the loss on
-held-out rows. The grid takes hours: bases, adapters and finished cells are kept below --work and a run goes on where
-the last one stopped. One task and three seeds come first; the JSON says what has not been run. Encoder tasks (SST-2,
-MRPC) are not part of this version. `--quick` is one task, seed and rank; `--smoke` a random two-layer model.
+Adapters are trained on packed bases (NF4 and 2 bits) of SmolLM2 and of MiniLM, packed by every method and judged by the
+loss on held-out rows. The grid takes hours: bases and adapters are kept below --work, cells in bench/results/cells, and
+a run goes on where the last one stopped, the figures' own cells first; the JSON says what has not been run. ``--quick``
+is one adapter (NF4, GSM8K, r16, 40 steps); ``--smoke`` a random two-layer model. ``--report`` only reads the cells,
+``--verify N`` measures N of them anew. A base that exists goes in as NAME=DIR.
 
-    python bench/quality_adapter.py --model MODEL_DIR --shared SHARED_DIR --work DIR [--hours H]
+Folders: --smollm2, --minilm, --shared, --work (or BITLOFT_SMOLLM2, BITLOFT_MINILM, BITLOFT_SHARED, BITLOFT_GRID).
 """
 
 import argparse
-import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
-from adapter_grid.cells import Cells  # noqa: E402
-from adapter_grid.summary import THEIRS, summary  # noqa: E402
+import harness  # noqa: E402
+from adapter_grid.decoder import Decoder  # noqa: E402
+from adapter_grid.encoder import Encoder  # noqa: E402
+from adapter_grid.plan import (  # noqa: E402
+    BASES,
+    ENCODER_TASKS,
+    OURS,
+    PLAIN,
+    RANK,
+    SAME,
+    THEIRS,
+    Setting,
+    Way,
+    settings,
+    steps,
+    ways,
+)
+from adapter_grid.public import public  # noqa: E402
+from adapter_grid.summary import starts, summary  # noqa: E402
 from adapter_grid.tasks import SPLITS  # noqa: E402
-from adapter_grid.work import LOOSE, Setting, Work  # noqa: E402
+from adapter_grid.work import Family, Work  # noqa: E402
 
-SIZES = (0.2, 0.3, 0.5, 0.8, 1.2, 1.85, 2.8)
-BASES = ("nf4:64", "lm2:64")
-TASKS = ("gsm8k", "reference", "mbpp", "xsum")
 LIMITS = {
     "error_vs_loraquant_same_bits": "<= 0.25",
     "bits_for_loraquant_gain": "<= 0.25",
@@ -37,111 +52,180 @@ LIMITS = {
     "retained_gain_080": ">= 0.985",
     "added_nats_050": "<= 0.03",
 }
-TRAIN = {"steps": 300, "batch": 4, "length": 512, "lr": 5e-4}
+JOINT_RANKS = (4, 16)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", dest="mode", action="store_const", const="smoke")
-    parser.add_argument("--quick", dest="mode", action="store_const", const="quick")
-    parser.add_argument("--model", type=Path, help="a transformers folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="the shared data folder")
-    parser.add_argument("--work", type=Path, help="where bases, adapters and cells are kept")
-    parser.add_argument("--hours", type=float, default=1e6, help="begin no cell after so many hours")
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    mode = given.mode or "full"
-    torch.set_num_threads(given.threads)
-    if mode == "smoke":
+    given = arguments()
+    harness.begin(given)
+    cells_file = harness.RESULTS / "cells" / f"quality_adapter-{given.mode}.jsonl"
+    if given.mode == "smoke" or given.work is None:
         with tempfile.TemporaryDirectory() as place:
-            return run(mode, smoke(Path(place)), given.hours, given.threads)
-    if given.model is None or given.work is None:
-        parser.error("--model and --work are needed")
-    cells = Cells(given.work / "cells.jsonl")
-    return run(mode, Work(given.work, given.model, given.shared, cells, 16, TRAIN, {}), given.hours, given.threads)
+            kept = None if given.mode == "smoke" else cells_file
+            return run(given, opened(given, Path(place), harness.Cells(kept)))
+    return run(given, opened(given, given.work, harness.Cells(cells_file)))
 
 
-def smoke(place: Path) -> Work:
+def arguments() -> argparse.Namespace:
+    parser = harness.parser(__doc__)
+    folders = {
+        "smollm2": "folder of the model",
+        "minilm": "folder of the model",
+        "shared": "folder of data and public adapters",
+        "work": "where bases and adapters are kept",
+    }
+    for name, text in folders.items():
+        variable = f"BITLOFT_{'GRID' if name == 'work' else name.upper()}"
+        value = os.environ.get(variable)
+        parser.add_argument(f"--{name}", type=Path, default=value and Path(value), help=f"{text} (default: {variable})")
+    parser.add_argument("--bases", default=",".join(BASES), help="formats to quantize to, or NAME=DIR, by commas")
+    parser.add_argument("--hours", type=float, default=1e6, help="begin no cell after so many hours")
+    parser.add_argument("--report", action="store_true", help="measure nothing: figures from the cells that exist")
+    parser.add_argument("--verify", type=int, default=0, help="measure so many finished cells anew and compare")
+    given = parser.parse_args()
+    if given.mode != "smoke" and not given.report and None in (given.smollm2, given.shared):
+        parser.error("--smollm2 and --shared are needed (or BITLOFT_SMOLLM2, BITLOFT_SHARED)")
+    return given
+
+
+def opened(given: argparse.Namespace, place: Path, cells: harness.Cells) -> Work:
+    """The grid's workplace; models are opened when their first cell is measured."""
+    families: dict[str, Family] = {}
+
+    def family(task: str) -> Family:
+        kind = "encoder" if task in ENCODER_TASKS else "decoder"
+        if kind not in families:
+            families[kind] = (
+                Encoder(place, given.shared, given.minilm)
+                if kind == "encoder"
+                else Decoder(place, given.shared, toy(place) if given.mode == "smoke" else given.smollm2)
+            )
+        return families[kind]
+
+    named = dict(text.split("=", 1) for text in given.bases.split(",") if "=" in text)
+    return Work(place, cells, family, {name: Path(path) for name, path in named.items()}, toy_rank(given.mode))
+
+
+def toy(place: Path) -> Path:
     from tests.helpers import tiny_llama
 
     (place / "model").mkdir()
-    training = {"steps": 2, "batch": 2, "length": 32, "lr": 1e-2}
-    return Work(place, tiny_llama(place / "model"), place, Cells(place / "cells.jsonl"), 4, training, {"length": 32})
+    return tiny_llama(place / "model")
 
 
-def plan(mode: str) -> list[Setting]:
-    """Adapters in the order in which they are worth having: one task with three seeds, then tasks, then ranks."""
-    if mode == "smoke":
-        return [Setting("nf4:64", "words", 8, 0)]
-    if mode == "quick":
-        return [Setting("lm2:64", "reference", 16, 0)]
-    first = [Setting(base, "gsm8k", 16, seed) for seed in range(3) for base in BASES]
-    tasks = [Setting(base, task, 16, seed) for task in TASKS for seed in range(3) for base in BASES]
-    ranks = [Setting(base, task, rank, 0) for rank in (8, 64) for task in TASKS for base in BASES]
-    return list(dict.fromkeys([*first, *tasks, *ranks]))
+def toy_rank(mode: str) -> int:
+    return 4 if mode == "smoke" else 16
 
 
-def ways(mode: str) -> Iterator[tuple[str, object, dict[str, Any]]]:
-    """(method, asked, settings of compress) in order of importance."""
-    yield THEIRS, "", {"method": "loraquant", "high": 2, "ratio": 0.8}
-    sizes = (3.0, 4.0) if mode == "smoke" else SIZES
-    yield from (("waterfill", size, {"bits": size}) for size in sizes)
-    yield "loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9}
-    yield from (("truncate 16", rank, {"method": "truncate", "rank": rank}) for rank in (1, 2))
-    yield from (("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (1, 2, 4))
-    if mode == "smoke":
-        yield LOOSE[1], "", {}
-        return
-    yield "waterfill unrefined", 0.5, {"bits": 0.5, "refine": False}
-    yield "sign", "", {"method": "sign"}
-    yield from (("rtn", high, {"method": "rtn", "high": high}) for high in (2, 3))
-    yield from (("gptq", high, {"method": "gptq", "high": high}) for high in (2, 3))
-    yield from ((f"loraquant by {by}", "", {"method": "loraquant", "split": by}) for by in ("norm", "random"))
-    yield "loraquant unrefined", "", {"method": "loraquant", "refine": False}
-    yield from ((method, "", {}) for method in LOOSE)
-
-
-def run(mode: str, work: Work, hours: float, threads: int) -> int:
-    began, missing = time.monotonic(), []
-    settings = plan(mode)
-    for setting in settings:
-        if time.monotonic() - began > 3600 * hours:
-            missing.append(setting.name)
-            continue
-        work.reference(setting)
-        for method, asked, options in ways(mode):
-            show(work.packed(setting, method, asked, options))
-        published = work.packed(setting, THEIRS, "", {})
-        same = work.packed(setting, "waterfill", "loraquant's bits", {"bits": round(published["true_bits"], 4)})
-        imitated = work.packed(setting, "waterfill", 4.0 if mode == "smoke" else 0.5, {})
-        if 0 < imitated.get("error", 0) < 1:
-            show(
-                work.packed(setting, "shrink", "waterfill's error", {"method": "shrink", "quality": imitated["error"]})
-            )
-        show(same)
-    judged = [s for s in settings if s.rank == 16 or mode == "smoke"]
-    result = {
-        "bench": "quality_adapter",
-        "mode": mode,
-        "shape": {"adapters": len(settings), "cells": sum(1 for _ in work.cells)},
-        "threads": threads,
-        "splits": {s.task: SPLITS[s.task] for s in settings},
-        "bases": summary(work.cells, judged),
+def run(given: argparse.Namespace, work: Work) -> int:
+    bases = tuple(text.split("=", 1)[0] for text in given.bases.split(","))
+    planned = settings(given.mode, bases)
+    if given.minilm is None:
+        planned = [setting for setting in planned if setting.task not in ENCODER_TASKS]
+    if not given.report:
+        measure(work, planned, given.mode, time.monotonic() + 3600 * given.hours)
+    judged = [s for s in planned if s.start == "frozen" and s.task not in ENCODER_TASKS]
+    frame = summary(work.cells, [s for s in judged if s.rank == RANK or given.mode == "smoke"])
+    result: dict[str, Any] = {
+        **frame,
         "limits": LIMITS,
-        "not_run": missing,
+        "encoders": summary(work.cells, [s for s in planned if s.task in ENCODER_TASKS])["bases"],
+        "other_ranks": {
+            str(rank): summary(work.cells, [s for s in judged if s.rank == rank])["bases"]
+            for rank in sorted({s.rank for s in judged} - {RANK})
+        },
+        "starts": starts(work.cells, compared(planned)),
+        "public": published(given, work),
+        "splits": {task: SPLITS[task] for task in dict.fromkeys(s.task for s in planned)},
+        "verified": verify(work, planned, given) if given.verify else None,
     }
-    print(json.dumps(result))
+    show(frame["bases"])
+    shape = {
+        "adapters": len(planned),
+        "rank": RANK,
+        "steps": planned[0].effort.steps,
+        "judged_rows": planned[0].effort.rows,
+        "cells": sum(1 for _ in work.cells),
+    }
+    harness.finish("quality_adapter", given, shape, result)
     return 0
 
 
-def show(cell: dict[str, Any]) -> None:
-    name = "{task} {base} r{rank} s{seed}: {method} {asked}".format(**cell)
+def compared(planned: Sequence[Setting]) -> list[Setting]:
+    """Adapters over frozen and trained starts of the same bases."""
+    trained = [s for s in planned if s.start == "trainable"]
+    return [s for s in planned if replace(s, start="trainable") in trained]
+
+
+def measure(work: Work, planned: Sequence[Setting], mode: str, deadline: float) -> None:
+    """Every cell that is missing, until the time is over."""
+    for setting, way in steps(mode, planned):
+        if time.monotonic() > deadline:
+            return
+        if way.method == THEIRS:
+            say(setting, work.alone(setting))
+            say(setting, work.full(setting))
+        say(setting, work.packed(setting, way))
+        if way.method == THEIRS:
+            same_bits(work, setting, way)
+    for setting in planned:
+        control(work, setting, mode)
+    for seeds in groupby(planned, key=lambda s: replace(s, seed=0)):
+        together = list(seeds[1])
+        for rank in JOINT_RANKS if len(together) > 1 else ():
+            for one, cell in zip(together, work.joint(together, rank), strict=True):
+                say(one, cell)
+
+
+def same_bits(work: Work, setting: Setting, theirs: Way) -> None:
+    """The product error at the bits that LoRAQuant took, in the plain norm and solved for it."""
+    bits = round(work.packed(setting, theirs)["true_bits"], 4)
+    say(setting, work.packed(setting, Way(PLAIN, SAME, {"bits": bits}), judged=False))
+
+
+def control(work: Work, setting: Setting, mode: str) -> None:
+    """How much of a gain is a smaller norm: the whole adapter shrunk until its error is that of half a bit."""
+    size = 4.0 if mode == "smoke" else 0.5
+    cell = work.cells.find(work.key(setting, Way(OURS, size)))
+    if cell is not None and 0 < cell.get("error", 0) < 1:
+        settings = {"method": "shrink", "quality": cell["error"]}
+        say(setting, work.packed(setting, Way("shrink", f"as far off as {size}", settings)))
+
+
+def published(given: argparse.Namespace, work: Work) -> dict[str, Any]:
+    folder = None if given.shared is None else given.shared / "adapters"
+    if given.mode == "smoke" or given.report or folder is None or not folder.is_dir():
+        return {}
+    return public(work.cells, folder, ways(given.mode))
+
+
+def verify(work: Work, planned: Sequence[Setting], given: argparse.Namespace) -> dict[str, Any]:
+    """Cells spread over the finished ones, measured anew: how far they are from what was kept."""
+    found = [(s, w, c) for s in planned for w in ways(given.mode) if (c := work.cells.find(work.key(s, w)))]
+    found = [entry for entry in found if "loss" in entry[2]]
+    chosen = found[:: max(len(found) // given.verify, 1)][: given.verify]
+    apart = {"loss": 0.0, "error": 0.0, "true_bits": 0.0}
+    for setting, way, cell in chosen:
+        again = work.measured(setting, way, judged=True)
+        apart = {name: max(most, abs(again[name] - cell[name])) for name, most in apart.items()}
+    return {"cells": len(chosen), "largest_difference": apart}
+
+
+def say(setting: Setting, cell: dict[str, Any]) -> None:
+    name = f"{setting.name}: {cell['key']['method']} {cell['key']['asked']}"
     if "skipped" in cell:
         print(f"{name}: skipped, {cell['skipped']}", flush=True)
-    else:
-        print(
-            f"{name}: {cell['true_bits']:.3f} true bits, error {cell['error']:.4f}, loss {cell['loss']:.4f}", flush=True
-        )
+        return
+    loss = f", loss {cell['loss']:.4f}" if "loss" in cell else ""
+    print(f"{name}: {cell['true_bits']:.3f} true bits, error {cell['error']:.4f}{loss}", flush=True)
+
+
+def show(bases: dict[str, Any]) -> None:
+    for base, figures in bases.items():
+        print(f"\n{base}: {len(figures['adapters'])} adapters")
+        names = ("method", "asked", "true_bits", "error", "retained_gain")
+        rows = sorted(figures["methods"], key=lambda row: (row["true_bits"] is None, row["true_bits"]))
+        harness.table(names, [[row[name] for name in names] for row in rows])
 
 
 if __name__ == "__main__":

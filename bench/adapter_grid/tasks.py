@@ -1,7 +1,8 @@
 """Training and judging rows of each task, from the shared data folder; ``words`` is the toy of --smoke.
 
 XSum trains on rows 0-799 and is judged on 800-999; sanitized MBPP on 0-339 and 340-426; GSM8K on its train file's first
-2,000 rows and its test file's first 200; the Python reference on whole topics, others held out.
+2,000 rows and its test file's first 200; HumanEval's solutions train with MBPP on 0-119 and are judged on 120-163; the
+Python reference on whole topics, others held out. SST-2 and MRPC are read by the encoder's own file.
 """
 
 import json
@@ -15,6 +16,9 @@ SPLITS = {
     "gsm8k": "train.jsonl 0-1999 / test.jsonl 0-199",
     "xsum": "test.jsonl 0-799 / 800-999",
     "mbpp": "sanitized.jsonl 0-339 / 340-426",
+    "humaneval": "HumanEval.jsonl 0-119 and sanitized.jsonl 0-339 / HumanEval.jsonl 120-163",
+    "sst2": "train.tsv 0-3999 / validation.tsv",
+    "mrpc": "train.tsv / validation.tsv",
     "reference": "pydoc topics, by the hash of their names",
     "words": "eight made-up rows / four",
 }
@@ -41,6 +45,12 @@ def mbpp(shared: Path) -> Split:
     return rows[:340], rows[340:427]
 
 
+def humaneval(shared: Path) -> Split:
+    file = shared / "data" / "humaneval" / "HumanEval.jsonl"
+    rows = _pairs(file, "prompt", "canonical_solution", "")
+    return rows[:120] + mbpp(shared)[0], rows[120:]
+
+
 def reference(shared: Path) -> Split:
     from scripts.demo.data import reference as split
 
@@ -58,6 +68,7 @@ TASKS: dict[str, Callable[[Path], Split]] = {
     "gsm8k": gsm8k,
     "xsum": xsum,
     "mbpp": mbpp,
+    "humaneval": humaneval,
     "reference": reference,
     "words": words,
 }

@@ -1,135 +1,146 @@
-"""Bases, adapters and cells: each made once and kept below the working directory."""
+"""Bases, adapters and cells: each made once and kept below the working directory.
 
-import json
+True bits are counted per value of the adapter that was trained, r * (m + n). The difference that a trained start leaves
+has up to twice that rank in its file: what is asked of compress, and what it says, are converted.
+"""
+
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from adapter_grid.cells import Cell, Cells
-from adapter_grid.tasks import rows_of
+import harness
+from torch import Tensor
+
+from adapter_grid.loose import LOOSE, joint, loose
+from adapter_grid.plan import JOINT, Setting, Way
 from bitloft.adapters import read_adapter
 from bitloft.compress import compress
 from bitloft.errors import OptionError
-from bitloft.evaluate import evaluate
-from bitloft.factors import Pair, write_lora
 from bitloft.quantize import quantize
-from bitloft.solvers.adapter import Components, Loose, Trained, components, factors, product_error
-from bitloft.solvers.baselines import billm, pb_llm
-from bitloft.solvers.loraquant import loraquant_across
-from bitloft.train import train
 
-# What needs a mask or another axis than the file has: judged from float factors, bytes counted as the solver does.
-LOOSE = ("pb-llm", "billm", "loraquant-across")
+Cell = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One adapter of the grid."""
+class Family(Protocol):
+    """What is trained and judged the same way: decoders by the loss per token, encoders by the loss per row."""
 
-    base: str
-    task: str
-    rank: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.base.replace(':', '_')}-r{self.rank}-s{self.seed}"
-
-    def cell(self, method: str, asked: object) -> Cell:
-        return {**self.__dict__, "method": method, "asked": asked}
+    def source(self, task: str) -> Path: ...
+    def train(self, base: Path, setting: Setting, out: Path) -> None: ...
+    def loss(self, base: Path, setting: Setting, adapter: Path | None) -> dict[str, Any]: ...
+    def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]: ...
 
 
 @dataclass
 class Work:
-    """Where things are kept, and how long training and judging take."""
+    """``bases`` names packed bases that exist already; other names are number formats, quantized here."""
 
     directory: Path
-    model: Path
-    shared: Path
-    cells: Cells
-    start_rank: int
-    train: dict[str, Any]
-    judge: dict[str, Any]
+    cells: harness.Cells
+    family: Callable[[str], Family]
+    bases: Mapping[str, Path] = field(default_factory=dict)
+    start_rank: int = 16
+    _moments: tuple[Setting, dict[str, Tensor]] | None = None
 
-    def base(self, fmt: str) -> Path:
-        out = self.directory / "bases" / fmt.replace(":", "_")
+    def base(self, setting: Setting) -> Path:
+        if setting.base in self.bases:
+            return self.bases[setting.base]
+        source = self.family(setting.task).source(setting.task)
+        out = self.directory / "bases" / f"{source.name}-{setting.base.replace(':', '_')}"
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            quantize(self.model, out, format=fmt, rank=self.start_rank)
+            quantize(source, out, format=setting.base, rank=self.start_rank)
         return out
-
-    def data(self, task: str, which: str) -> Path:
-        file = self.directory / "data" / f"{task}.{which}.jsonl"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for name, rows in zip(("train", "judge"), rows_of(task, self.shared), strict=True):
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                (file.parent / f"{task}.{name}.jsonl").write_text(text, encoding="utf-8")
-        return file
 
     def adapter(self, setting: Setting) -> Path:
         out = self.directory / "adapters" / setting.name
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            data = self.data(setting.task, "train")
-            train(self.base(setting.base), data, out, rank=setting.rank, alpha=2.0 * setting.rank, seed=setting.seed,
-                  resume=False, **self.train)  # fmt: skip
+            self.family(setting.task).train(self.base(setting), setting, out)
         return out
 
-    def loss(self, setting: Setting, adapter: Path | None) -> Cell:
-        report = evaluate(self.base(setting.base), self.data(setting.task, "judge"), adapter, **self.judge)
-        return {"loss": report.loss, "stderr": report.stderr, "tokens": report.tokens}
+    def alone(self, setting: Setting) -> Cell:
+        """The base without an adapter."""
+        nothing = {"true_bits": 0.0, "error": 1.0}
+        return self._cell(setting.alone, Way("base"), lambda: nothing | self._loss(setting, None))
 
-    def reference(self, setting: Setting) -> tuple[Cell, Cell]:
-        """The cells of the base alone and of the whole adapter."""
-        # the base knows neither rank nor seed: one cell serves all adapters of a task
-        alone = Setting(setting.base, setting.task, 0, 0).cell("base", "")
-        if alone not in self.cells:
-            self.cells.add(alone | {"true_bits": 0.0, "error": 1.0, **self.loss(setting, None)})
-        full = setting.cell("full", "")
-        if full not in self.cells:
+    def full(self, setting: Setting) -> Cell:
+        """The adapter as it was trained."""
+
+        def measure() -> Cell:
             source = self.adapter(setting)
-            bits = 8 * sum(f.stat().st_size for f in source.glob("adapter_*")) / read_adapter(source).values
-            self.cells.add(full | {"true_bits": bits, "error": 0.0, **self.loss(setting, source)})
-        return self.cells.get(alone), self.cells.get(full)
+            size = sum(file.stat().st_size for file in source.glob("adapter_*"))
+            return {
+                "true_bits": 8 * size / trained_values(source, setting),
+                "error": 0.0,
+                **self._loss(setting, source),
+            }
 
-    def packed(self, setting: Setting, method: str, asked: object, settings: dict[str, Any]) -> Cell:
-        """The cell of one method at one size; a size below the floor of the files is a cell that says so."""
-        cell = setting.cell(method, asked)
-        if cell in self.cells:
-            return self.cells.get(cell)
+        return self._cell(setting, Way("full"), measure)
+
+    def packed(self, setting: Setting, way: Way, *, judged: bool = True) -> Cell:
+        """The cell of one way; a size below the floor of the files is a cell that says so. ``judged``: with a loss."""
+        return self._cell(setting, way, lambda: self.measured(setting, way, judged=judged), judged=judged)
+
+    def measured(self, setting: Setting, way: Way, *, judged: bool) -> Cell:
+        """What ``packed`` keeps, measured now whether or not it is known."""
+        out = self._room(setting)
+        try:
+            found = self._pack(setting, way, out)
+        except OptionError as error:
+            return {"skipped": str(error)}
+        found |= self._loss(setting, out) if judged else {}
+        shutil.rmtree(out)
+        return found
+
+    def joint(self, together: Sequence[Setting], rank: int) -> list[Cell]:
+        """Joint diagonalization of a set of adapters of one base: a cell for each."""
+        way = Way(JOINT, f"rank {rank} over {len(together)} adapters")
+        keys = [self.key(setting, way) for setting in together]
+        if any(self.cells.find(key) is None for key in keys):
+            rooms = [self._room(setting) for setting in together]
+            made = joint([self.adapter(setting) for setting in together], rooms, rank)
+            for setting, room, found in zip(together, rooms, made, strict=True):
+                self._cell(setting, way, lambda s=setting, r=room, f=found: f | self._loss(s, r))  # type: ignore[misc]
+                shutil.rmtree(room)
+        return [self.cells.get(key, dict) for key in keys]
+
+    def key(self, setting: Setting, way: Way, judged: bool = True) -> Cell:
+        return setting.key(way.method, way.asked) | {"judged": judged}
+
+    def _cell(self, setting: Setting, way: Way, measure: Callable[[], Cell], judged: bool = True) -> Cell:
+        effort = {"learning_rate": setting.effort.learning_rate, "length": setting.effort.length}
+        about = {"settings": way.settings | effort | {"moments": way.moments}, "commit": harness.commit()}
+        return self.cells.get(self.key(setting, way, judged), lambda: measure() | about)
+
+    def _room(self, setting: Setting) -> Path:
         out = self.directory / "packed" / setting.name
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if method in LOOSE:
-                found = _loose(self.adapter(setting), out, method)
-            else:
-                report = compress(self.adapter(setting), out, **settings)
-                found = {"true_bits": report.true_bits, "payload_bits": report.payload_bits, "error": report.error}
-        except OptionError as error:
-            return self.cells.add(cell | {"skipped": str(error)})
-        cell = self.cells.add(cell | found | self.loss(setting, out))
-        shutil.rmtree(out)
-        return cell
+        return out
+
+    def _pack(self, setting: Setting, way: Way, out: Path) -> Cell:
+        source = self.adapter(setting)
+        if way.method in LOOSE:
+            return loose(source, out, way, trained_values(source, setting))
+        share = trained_values(source, setting) / read_adapter(source).values
+        given = way.settings | ({"bits": way.settings["bits"] * share} if "bits" in way.settings else {})
+        report = compress(source, out, moments=self._moments_of(setting) if way.moments else None, **given)
+        bits = {"true_bits": report.true_bits / share, "payload_bits": report.payload_bits / share}
+        return {**bits, "error": report.error, "weighed_error": report.weighed_error}
+
+    def _moments_of(self, setting: Setting) -> dict[str, Tensor]:
+        """They belong to base and task; those of the last setting are kept."""
+        wanted = replace(setting, rank=0, seed=0)
+        if self._moments is None or self._moments[0] != wanted:
+            self._moments = wanted, self.family(setting.task).moments(self.base(setting), setting)
+        return self._moments[1]
+
+    def _loss(self, setting: Setting, adapter: Path | None) -> dict[str, Any]:
+        return self.family(setting.task).loss(self.base(setting), setting, adapter)
 
 
-def _loose(source: Path, out: Path, method: str) -> Cell:
-    adapter = read_adapter(source)
-    pairs, size, lost, energy = {}, 0, 0.0, 0.0
-    for pair in adapter.pairs:
-        exact = components(pair.a, pair.b, pair.scaling)
-        made = _made(method, exact, Trained(pair.a, (pair.scaling * pair.b).T.contiguous()))
-        a, bt = factors(made)
-        pairs[pair.name] = Pair(a, bt.T.contiguous())
-        size, lost, energy = size + made.nbytes, lost + product_error(exact, [made]), energy + exact.energy
-    record = {"base": adapter.base, "source": adapter.source, "start": adapter.start}
-    write_lora(out, pairs, base_name=str(adapter.config.get("base_model_name_or_path")), record=record)
-    return {"true_bits": 8 * size / adapter.values, "error": lost / energy, "note": "factors only, no file"}
-
-
-def _made(method: str, exact: Components, trained: Trained) -> Loose:
-    if method == "loraquant-across":
-        return loraquant_across(exact, high=2, ratio=0.8)
-    return pb_llm(trained) if method == "pb-llm" else billm(trained)
+def trained_values(source: Path, setting: Setting) -> int:
+    """r * (m + n) over the modules of an adapter, r being the rank that was trained."""
+    return sum(setting.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in read_adapter(source).pairs)

@@ -7,8 +7,9 @@ Every benchmark prints its tables first and one JSON object as its last line: ``
 import argparse
 import json
 import os
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def seconds_of(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
     return best, result
 
 
+def commit() -> str:
+    """The checked-out commit, with a + where files differ from it; empty outside of a clone."""
+    place = Path(__file__).resolve().parent
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said[0] + "+" * bool(said[1])
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under their columns, aligned."""
     cells = [[_cell(value) for value in row] for row in (columns, *rows)]
@@ -91,6 +105,13 @@ class Cells:
             except json.JSONDecodeError:
                 continue
             self._known[json.dumps(cell["key"], sort_keys=True)] = cell
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._known.values())
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The cell as kept, None where it has not been measured."""
+        return self._known.get(json.dumps(key, sort_keys=True))
 
     def get(self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The figures of a cell: as kept, or measured and kept."""
