@@ -76,8 +76,19 @@ def write_rows(file: Path, rows: list[dict[str, object]]) -> Path:
     return file
 
 
-def make_adapter(directory: Path, *, seed: int = 0, rank: int = 4, alpha: int = 8, scale: float = 0.2) -> Path:
-    """A random PEFT adapter for every linear of ``tiny_llama``, written as PEFT writes it (no peft needed)."""
+def make_adapter(
+    directory: Path,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    alpha: int = 8,
+    scale: float = 0.2,
+    base: Path | None = None,
+) -> Path:
+    """A random PEFT adapter for every linear of ``tiny_llama``, written as PEFT writes it (no peft needed).
+
+    With ``base``, a packed base, it names that one by fingerprint, as `bitloft train` would.
+    """
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
@@ -100,4 +111,15 @@ def make_adapter(directory: Path, *, seed: int = 0, rank: int = 4, alpha: int = 
         "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True, "lora_dropout": 0.0,
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if base is not None:
+        from bitloft.integrations.loading import base_record
+
+        found = base_record(base)
+        write_record(directory, found.fingerprint, found.source)
     return directory
+
+
+def write_record(adapter: Path, base: str | None, source: str | None, start: str = "frozen") -> None:
+    """bitloft_adapter.json with these fingerprints."""
+    record = {"schema": 1, "base": base, "source": source, "start": start}
+    (adapter / "bitloft_adapter.json").write_text(json.dumps(record), encoding="utf-8")

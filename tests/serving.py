@@ -1,6 +1,5 @@
 """A small base with adapters that never answer alike, served from a thread of the test process."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from bitloft.quantize import quantize
 from bitloft.serve.api import Service
 from bitloft.serve.engine import Engine
 from bitloft.serve.http import Server, background, open_service
-from tests.helpers import make_adapter, tiny_llama
+from tests.helpers import make_adapter, tiny_llama, write_record
 
 PACKED, PLAIN = ("alpha", "beta", "gamma"), "delta"
 NAMES = ("base", *PACKED, PLAIN)  # what the server lists
@@ -29,18 +28,16 @@ def make_base(directory: Path) -> Path:
     return directory / "base"
 
 
-def make_adapters(directory: Path) -> Path:
+def make_adapters(directory: Path, base: Path) -> Path:
     """Three packed adapters, a plain one, and five directories that cannot be served."""
     out = directory / "adapters"
     for seed, name in enumerate(PACKED):
-        compress(make_adapter(directory / "plain" / name, seed=seed, scale=1.0), out / name, bits=4.0)
-    make_adapter(out / PLAIN, seed=9, scale=1.0)
+        compress(make_adapter(directory / "plain" / name, seed=seed, scale=1.0, base=base), out / name, bits=4.0)
+    make_adapter(out / PLAIN, seed=9, scale=1.0, base=base)
     (out / "empty").mkdir()
     (out / "not a name").mkdir()
-    foreign = make_adapter(out / "foreign")
-    record = {"schema": 1, "base": "f" * 64, "source": None, "start": "frozen"}
-    (foreign / "bitloft_adapter.json").write_text(json.dumps(record), encoding="utf-8")
-    poison = make_adapter(out / "poison")
+    write_record(make_adapter(out / "foreign"), "f" * 64, None)
+    poison = make_adapter(out / "poison", base=base)
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     bad = {f"{name}.lora_A.weight": torch.full((4, 64), torch.nan), f"{name}.lora_B.weight": torch.ones(64, 4)}
     save_file(bad, poison / WEIGHTS_FILE)
@@ -99,7 +96,8 @@ class World:
 @contextmanager
 def serving(directory: Path) -> Iterator[World]:
     """Make everything below ``directory`` and serve it until the end of the block."""
-    base, adapters = make_base(directory), make_adapters(directory)
+    base = make_base(directory)
+    adapters = make_adapters(directory, base)
     said: list[str] = []
     service = open_service(base, adapters, ServeOptions(port=0, max_queue=1000), said.append)
     with background(service, said.append) as server:

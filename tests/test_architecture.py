@@ -35,19 +35,22 @@ LAYERS = (
     ("integrations",),
     ("stream",),
     ("calibrate", "tasks", "report", "card"),
-    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts"),
+    ("ground",),
+    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts", "rebase"),
     ("widths", "bulk"),
     ("quantize",),
     ("merge", "convert"),
     ("serve",),
     ("terminal",),
     ("console",),
-    ("console_convert",),
+    ("console_adapter", "console_convert"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What knows transformers and peft: their integrations, and what builds on those.
-KNOWS_TRANSFORMERS = ("integrations", "tasks", "quantize", "train", "evaluate", "merge", "convert", "generate", "serve")
+KNOWS_TRANSFORMERS = (
+    *("integrations", "tasks", "quantize", "train", "evaluate", "rebase", "merge", "convert", "generate", "serve"),
+)
 TORCH_FREE = ("errors", "formats", "patterns", "options", "rules", "cli")
 MODULE_LINES, FUNCTION_LINES = 350, 60
 

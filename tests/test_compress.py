@@ -191,7 +191,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_model: Path)
         (directory / "bitloft_adapter.json").write_text(json.dumps(record))
         if refused:
             with pytest.raises(AdapterError, match="was trained for another base"):
-                compress(directory, tmp_path / "p", base=tmp_path / "base", bits=3.0)
+                compress(directory, tmp_path / "p", base=tmp_path / "base", bits=3.0, base_mismatch="refuse")
             assert not (tmp_path / "p").exists()
         else:
             assert compress(directory, tmp_path / "p", base=tmp_path / "base", bits=3.0).base == base

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bitloft import cli
-from bitloft.errors import OptionError
+from bitloft.errors import AdapterError, OptionError
 from bitloft.integrations.transformers import base_record
 from bitloft.options import ConvertOptions, MergeOptions
 from bitloft.quantize import quantize
@@ -32,9 +32,10 @@ def test_every_option_is_a_flag(name: str, options: type) -> None:
 
 
 def test_merge_and_convert_say_what_they_changed(tiny_model: Path, tmp_path: Path) -> None:
-    base, adapter, words = tmp_path / "base", make_adapter(tmp_path / "a"), tmp_path / "words.txt"
+    base, words = tmp_path / "base", tmp_path / "words.txt"
     words.write_text(WORDS, encoding="utf-8")
     quantize(tiny_model, base, format="nf4:32", rank=2, steps=1)
+    adapter = make_adapter(tmp_path / "a", base=base)
     out = run("merge", base, "--adapter", adapter, "--out", tmp_path / "m", "--data", words, "--length", "64")
     assert "14 matrices; 0 packed ones keep every byte" in out
     assert re.search(r"loss per token .* base, .* with the adapter, .* merged", out)
@@ -47,6 +48,16 @@ def test_merge_and_convert_say_what_they_changed(tiny_model: Path, tmp_path: Pat
     assert re.search(r"differs from the original by \|W - Q - s0\*B0\*A0\| / \|W\| .* 0\.\d+ on average", out)
     out = run("convert", base, "--to", "bitsandbytes", "--out", tmp_path / "b")
     assert "bitsandbytes has no place for a start" in out
+
+
+def test_an_adapter_of_no_base_is_let_in_only_when_asked(tiny_model: Path, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", make_adapter(tmp_path / "a")
+    quantize(tiny_model, base, format="nf4:32", rank=2, steps=1)
+    for command in (["merge", base], ["convert", base, "--to", "dense"]):
+        with pytest.raises(AdapterError, match="was made without a fingerprint, for 'tiny' by name"):
+            run(*command, "--adapter", adapter, "--out", tmp_path / "no")
+        out = run(*command, "--adapter", adapter, "--out", tmp_path / command[0], "--base-mismatch", "allow")
+        assert "without a fingerprint" in out
 
 
 def test_errors_are_expected_ones(tmp_path: Path) -> None:

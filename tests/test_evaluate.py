@@ -100,7 +100,7 @@ def test_stderr_covers_the_spread_of_repeated_draws() -> None:
 def test_adapter_plain_and_packed(base: Path, data: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    adapter = make_adapter(tmp_path / "adapter", scale=0.5)
+    adapter = make_adapter(tmp_path / "adapter", scale=0.5, base=base)
     compress(adapter, tmp_path / "packed", bits=4.5)
     expand(tmp_path / "packed", tmp_path / "expanded")
     without = evaluate(base, data, length=32)
@@ -115,7 +115,7 @@ def test_adapter_plain_and_packed(base: Path, data: Path, tmp_path: Path) -> Non
 
 
 def test_loaded_model_is_left_as_it_was(base: Path, data: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter")
+    adapter = make_adapter(tmp_path / "adapter", base=base)
     model = load(base)
     before = evaluate(model, data, length=32)
     with_adapter = evaluate(model, data, adapter, length=32)

@@ -18,6 +18,7 @@ _PUBLIC = {
     "train": "bitloft.train",
     "compress": "bitloft.compress",
     "expand": "bitloft.compress",
+    "rebase": "bitloft.rebase",
     "merge": "bitloft.merge",
     "convert": "bitloft.convert",
     "evaluate": "bitloft.evaluate",
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "merge",
     "quantize",
+    "rebase",
     "register",
     "start_for",
     "train",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from bitloft.merge import merge
     from bitloft.packed import PackedTensor
     from bitloft.quantize import quantize
+    from bitloft.rebase import rebase
     from bitloft.starts import start_for
     from bitloft.train import train
 

@@ -55,7 +55,8 @@ class PackedAdapter:
     """A packed adapter in memory: ``payload`` is its one buffer, ``modules`` are views into it, made on first use.
 
     ``base`` and ``source`` are fingerprints (None where unknown); ``sha256`` is the manifest's and identifies the
-    whole bundle; ``values`` counts the trained numbers, r * (m + n) summed.
+    whole bundle; ``values`` counts the trained numbers, r * (m + n) summed. ``mismatch`` says how it did on a base
+    that it does not name, where it was packed for one.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class PackedAdapter:
     method: Mapping[str, Any] = field(default_factory=dict)
     error: float = 0.0
     start: str | None = None
+    mismatch: str | None = None
 
 
 class ModuleViews(Mapping[str, PackedModule]):
@@ -171,6 +173,7 @@ def read_packed(directory: Path | str) -> PackedAdapter:
         manifest["method"],
         manifest["error"],
         manifest["start"],
+        manifest.get("mismatch"),
     )
 
 
@@ -223,6 +226,8 @@ def _manifest(raw: bytes, directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not match its own sum: it is damaged or was changed.")
     if any(not isinstance(manifest.get(k, ...), kinds) for k, kinds in _FIELDS.items()):
         raise CheckpointError(f"{file} lacks one of {', '.join(_FIELDS)}, or gives it another type.")
+    if not isinstance(manifest.get("mismatch"), str | None):
+        raise CheckpointError(f"{file} gives mismatch as {manifest['mismatch']!r}; it must be a text.")
     if set(manifest["files"]) != {CONFIG_FILE, PACKED_FILE}:
         raise CheckpointError(f"{file} must list {CONFIG_FILE} and {PACKED_FILE}, found {sorted(manifest['files'])}.")
     return manifest

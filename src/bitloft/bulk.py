@@ -80,6 +80,7 @@ def compress_all(
     options: CompressOptions | None = None,
     *,
     base: str | Path | None = None,
+    data: str | Path | None = None,
     jobs: int = 1,
     progress: Progress | None = None,
 ) -> BulkReport:
@@ -92,12 +93,14 @@ def compress_all(
     directory, out, options = Path(directory), Path(out), options or CompressOptions()
     if jobs < 1:
         raise OptionError(f"jobs is {jobs}; use 1 or more.")
+    if options.distill:
+        raise OptionError("distill learns from one adapter's own data; pack the adapters one by one.")
     sources = adapters_in(directory)
     if any(source.name == REPORTS for source in sources):
         raise CheckpointError(f"an adapter in {directory} is named {REPORTS!r}, where reports are written; rename it.")
     (out / REPORTS).mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in _rows(sources, out, options, base, jobs):
+    for row in _rows(sources, out, options, base, data, jobs):
         rows.append(row)
         if progress is not None:
             progress(len(rows), len(sources), row.name)
@@ -108,14 +111,19 @@ def compress_all(
 
 
 def _rows(
-    sources: list[Path], out: Path, options: CompressOptions, base: str | Path | None, jobs: int
+    sources: list[Path],
+    out: Path,
+    options: CompressOptions,
+    base: str | Path | None,
+    data: str | Path | None,
+    jobs: int,
 ) -> Iterator[Row]:
     if jobs == 1:
-        yield from (_one(source, out, options, base) for source in sources)
+        yield from (_one(source, out, options, base, data) for source in sources)
         return
     # spawn: a forked child would inherit torch's threads in an unknown state
     with ProcessPoolExecutor(min(jobs, len(sources)), get_context("spawn"), initializer=_single_thread) as pool:
-        waiting = [pool.submit(_one, source, out, options, base) for source in sources]
+        waiting = [pool.submit(_one, source, out, options, base, data) for source in sources]
         yield from (done.result() for done in as_completed(waiting))
 
 
@@ -123,7 +131,7 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _one(source: Path, out: Path, options: CompressOptions, base: str | Path | None) -> Row:
+def _one(source: Path, out: Path, options: CompressOptions, base: str | Path | None, data: str | Path | None) -> Row:
     target, record = out / source.name, out / REPORTS / f"{source.name}.json"
     try:
         digest = _fingerprint(source)
@@ -132,12 +140,13 @@ def _one(source: Path, out: Path, options: CompressOptions, base: str | Path | N
             return kept
         begun = record.is_file() and read_json(record) == {"source": digest}  # killed before its record was whole
         write(record, json.dumps({"source": digest}))
-        report = compress(source, target, options, base=base, overwrite=begun)
+        report = compress(source, target, options, base=base, data=data, overwrite=begun)
         write(record, json.dumps(_record(report, source, digest), indent=2))
     except (BitloftError, OSError) as error:
         return Row(source.name, "failed", reason=str(error))
     bits = (report.true_bits, report.payload_bits, report.error)
-    return Row(source.name, "packed", *bits, report.bytes, report.seconds, "; ".join(report.notes))
+    notes = report.notes if report.mismatch is None else (*report.notes, report.mismatch)
+    return Row(source.name, "packed", *bits, report.bytes, report.seconds, "; ".join(notes))
 
 
 def _fingerprint(source: Path) -> str:

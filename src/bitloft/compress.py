@@ -28,7 +28,7 @@ from bitloft.checkpoint import SCHEMA, ignored_pickles, write_json, write_tensor
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.kernels.ops import decode
 from bitloft.options import CompressOptions
-from bitloft.packing import Packing, Progress, block_bytes
+from bitloft.packing import Distilled, Packing, Progress, block_bytes
 from bitloft.solvers.adapter import Components
 
 EXPANDED = {"float32": torch.float32, "float16": torch.float16}
@@ -51,7 +51,8 @@ class ModuleReport:
 @dataclass(frozen=True)
 class CompressReport:
     """What ``compress`` did. ``error`` is |s*B*A - packed|^2 / |s*B*A|^2 over the whole adapter, from stored bytes;
-    ``weighed_error`` is the same under the input moments, None where none were given."""
+    ``weighed_error`` is the same under the input moments, None where none were given. ``mismatch`` says what an adapter
+    that does not name the given base does there."""
 
     adapter: str
     out: str
@@ -68,6 +69,8 @@ class CompressReport:
     seconds: float
     ignored: tuple[str, ...]
     notes: tuple[str, ...]
+    mismatch: str | None = None
+    distilled: Distilled | None = None
 
 
 def compress(
@@ -76,6 +79,8 @@ def compress(
     options: CompressOptions | None = None,
     *,
     base: str | Path | None = None,
+    data: str | Path | None = None,
+    trained_on: str | Path | None = None,
     moments: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -83,26 +88,27 @@ def compress(
 ) -> CompressReport:
     """Pack the PEFT adapter in directory ``adapter`` into ``out``; the source is only read.
 
-    Settings are the fields of CompressOptions. ``base`` is the base directory it must belong to. ``moments`` maps
-    module paths to second moments [in, in] of their inputs, mean of x x^T: errors then count where inputs are (modules
-    that it leaves out keep the plain norm). ``progress`` is called with (modules done, modules in all, module name).
+    Settings are the fields of CompressOptions. ``base`` is the base directory it is meant for; an adapter that does not
+    name it is refused, measured or allowed (``base_mismatch``): on ``data`` (rows or text, else a small built-in text),
+    and on ``trained_on``, the model that it was trained on, if that is given. ``data`` is also what ``distill`` learns
+    from. Either loads the whole base. ``moments`` maps module paths to second moments [in, in] of their inputs, mean of
+    x x^T: errors then count where inputs are (modules that it leaves out keep the plain norm). ``progress`` is called
+    with (modules done, modules in all, module name), in a distillation with steps.
     Raises OptionError where the budget is below the floor (the sentence names the least possible) or the quality cannot
-    be met, AdapterError for an adapter that is not plain LoRA or fits another base, CheckpointError for damaged files.
+    be met, AdapterError for an adapter that is not plain LoRA or is refused on the base, DataError for bad rows,
+    CheckpointError for damaged files.
     """
     began, options, out = time.perf_counter(), options or CompressOptions(**settings), Path(out)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
     source = read_adapter(adapter)
-    if base is not None:
-        _check_base(source, Path(base))
-    job = Packing(source, options, moments=moments, progress=progress)
-    modules, notes = job.solve()
+    job, modules, notes, distilled = _solved(source, options, base, data, trained_on, moments, progress)
     files = job.files(modules)
     with writing(out, overwrite=overwrite) as directory:
-        for name, data in files.items():
-            (directory / name).write_bytes(data)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
         packed = read_packed(directory)
-    size = sum(len(data) for data in files.values())
+    size = sum(len(content) for content in files.values())
     return CompressReport(
         adapter=str(adapter),
         out=str(out),
@@ -119,7 +125,44 @@ def compress(
         seconds=time.perf_counter() - began,
         ignored=tuple(ignored_pickles(source.path)),
         notes=tuple(notes),
+        mismatch=job.mismatch,
+        distilled=distilled,
     )
+
+
+def _solved(
+    source: Adapter,
+    options: CompressOptions,
+    base: str | Path | None,
+    data: str | Path | None,
+    trained_on: str | Path | None,
+    moments: Mapping[str, Tensor] | None,
+    progress: Progress | None,
+) -> tuple[Packing, list[PackedModule], list[str], Distilled | None]:
+    """The packing with its modules, notes and distillation; the base is loaded only where one is given."""
+    ground, mismatch, distilled = None, None, None
+    if _needs_base(options, base, data, trained_on):
+        from bitloft.ground import Ground  # only here: it knows transformers, which take longer to load than to pack
+
+        ground = Ground(Path(base or ""), None if data is None else Path(data), options)
+        mismatch = ground.met(source, trained_on)
+    job = Packing(source, options, moments=moments, mismatch=mismatch, progress=progress)
+    modules, notes = job.solve()
+    if ground is not None and options.distill:
+        blocks, distilled = ground.distill(source, modules, progress)
+        modules = job.modules_of([blocks.get(m.name, ()) for m in modules])
+    return job, modules, notes, distilled
+
+
+def _needs_base(options: CompressOptions, base: object, data: object, trained_on: object) -> bool:
+    """Whether a base is given. Raises OptionError where something else asks for one."""
+    if options.distill and (base is None or data is None):
+        raise OptionError("distill runs the adapter on its base; give base and data.")
+    given = {"data": data, "trained_on": trained_on, "base_mismatch": options.base_mismatch}
+    asking = next((name for name, value in given.items() if value is not None), None)
+    if base is None and asking:
+        raise OptionError(f"{asking} is about an adapter on a base; give base too.")
+    return base is not None
 
 
 def _report(module: PackedModule, exact: Components) -> ModuleReport:
@@ -182,9 +225,3 @@ def _factors(module: PackedModule, rank: int, dtype: torch.dtype) -> tuple[Tenso
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise OptionError(f"module {module.name} holds values beyond float16; expand to float32.")
     return a.contiguous(), b.contiguous()
-
-
-def _check_base(source: Adapter, base: Path) -> None:
-    from bitloft.integrations.loading import base_record, check_base
-
-    check_base(source.base, base_record(base), str(source.path))

@@ -12,7 +12,6 @@ import typer
 
 from bitloft.errors import OptionError
 from bitloft.options import (
-    CompressOptions,
     EvalOptions,
     GenerateOptions,
     QuantizeOptions,
@@ -95,7 +94,7 @@ def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Ov
         {
             "loss": f"{report.first_loss:.4f} -> {report.last_loss:.4f} in {report.steps} steps",
             "adapter": f"rank {report.rank}, {report.parameters:,} values, start {report.start}",
-            "data": _data(report.data),
+            "data": data_counts(report.data),
             "computed in": f"{report.dtype} ({report.dtype_why})",
             "resumed from": "the beginning" if report.resumed_from is None else f"step {report.resumed_from}",
             "time": f"{report.seconds:.1f} s, {report.seconds_per_step:.2f} s a step",
@@ -103,77 +102,10 @@ def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Ov
     )
 
 
-def _data(report: Any) -> str:
+def data_counts(report: Any) -> str:
     """Counts of a DataReport, and what the user must be told about the rows."""
     counts = f"{report.rows:,} rows, {report.examples:,} sequences, {report.target_tokens:,} target tokens"
     return " ".join([counts + ".", *report.sentences()])
-
-
-def compress(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory, or a directory of them")],
-    out: Out,
-    options: CompressOptions,
-    base: Annotated[Path | None, typer.Option("--base", help="refuse an adapter that is not of this base")] = None,
-    overwrite: Overwrite = False,
-    jobs: Annotated[int, typer.Option("--jobs", help="processes, for a directory of adapters")] = 1,
-) -> None:
-    """Quantize a trained adapter, or each in a directory, into packed ones of 0.2 to 4 true bits."""
-    from bitloft.bulk import holds_adapters
-    from bitloft.compress import compress as verb
-
-    if holds_adapters(adapter):
-        _compress_all(adapter, out, options, base, overwrite, jobs)
-        return
-    if jobs != 1:
-        raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
-    with progress("packing") as step:
-        report = verb(adapter, out, options, base=base, overwrite=overwrite, progress=step)
-    show(
-        f"packed adapter {out}",
-        {
-            "method": ", ".join(f"{key}={value}" for key, value in report.method.items()),
-            "true bits": f"{report.true_bits:.3f} per trained value, all files counted",
-            "payload bits": f"{report.payload_bits:.3f} per trained value, codes alone",
-            "error": f"{report.error:.4f} (squared error of the product, relative)",
-            "stored": f"{size(report.bytes)}, was {size(report.source_bytes)}",
-            "notes": "; ".join(report.notes) or "none",
-            "ignored": ", ".join(report.ignored) or "nothing",
-            "time": f"{report.seconds:.1f} s",
-        },
-    )
-
-
-def _compress_all(
-    adapters: Path, out: Path, options: CompressOptions, base: Path | None, overwrite: bool, jobs: int
-) -> None:
-    from bitloft.bulk import compress_all
-
-    if overwrite:
-        raise OptionError("--overwrite is for one adapter; a directory's packed ones are kept or removed by hand.")
-    with progress("packing") as step:
-        report = compress_all(adapters, out, options, base=base, jobs=jobs, progress=step)
-    counts = ", ".join(f"{report.count(state)} {state}" for state in ("packed", "kept", "failed"))
-    show(f"packed adapters {out}", {"adapters": counts, "report": str(out / "reports" / "index.html")})
-    emit(
-        table(
-            ("adapter", "state", "true bits", "error", "stored", "note"),
-            [(r.name, r.state, r.true_bits or "", r.error or "", size(r.bytes or 0), r.reason) for r in report.rows],
-        )
-    )
-    if report.count("failed"):
-        raise typer.Exit(1)
-
-
-def expand(
-    packed: Annotated[Path, typer.Argument(metavar="PACKED", help="a packed adapter")],
-    out: Out,
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn a packed adapter back into a plain PEFT directory."""
-    from bitloft.compress import expand as verb
-
-    verb(packed, out, overwrite=overwrite)
-    show(f"plain adapter {out}", {"from": str(packed)})
 
 
 def evaluate(
@@ -199,10 +131,11 @@ def evaluate(
             "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
             "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
             "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
-            "data": _data(report.data),
+            "data": data_counts(report.data),
             "computed in": report.dtype,
             "time": f"{report.seconds:.1f} s",
-        },
+        }
+        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
     )
 
 
@@ -287,8 +220,6 @@ def info() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "train": train,
-    "compress": compress,
-    "expand": expand,
     "eval": evaluate,
     "generate": generate,
     "serve": serve,

@@ -43,6 +43,7 @@ def merge(
             "loss per token": losses,
             "stored": size(report.stored_bytes),
             "fingerprint": report.fingerprint,
+            **({} if report.mismatch is None else {"adapter was": report.mismatch}),
             "time": f"{report.seconds:.1f} s",
         },
     )

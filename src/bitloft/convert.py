@@ -27,6 +27,7 @@ from bitloft.errors import CheckpointError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked, write_lora
 from bitloft.integrations import bitsandbytes, loading
+from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.packing import dense_linear
 from bitloft.integrations.source import open_source
 from bitloft.modules.adapted import linear_of
@@ -73,7 +74,10 @@ class _Job:
     progress: Progress | None
 
     def loss(self, model: str | Path | PreTrainedModel, adapter: Path | None = None, tokenizer: Any = None) -> float:
-        options = EvalOptions(length=self.options.length, limit=self.options.limit, batch=self.options.batch)
+        asked = self.options
+        options = EvalOptions(
+            length=asked.length, limit=asked.limit, batch=asked.batch, base_mismatch=asked.base_mismatch
+        )
         data = self.data or Path()
         return evaluate(model, data, adapter, options, tokenizer=tokenizer, progress=self.progress).loss
 
@@ -111,8 +115,9 @@ def convert(
     options, began, base = options or ConvertOptions(**settings), time.perf_counter(), Path(base)
     record = loading.base_record(base)
     factors = None if adapter is None else read_factors(adapter)
+    mismatch = None
     if factors is not None:
-        loading.check_base(factors.base, record, str(adapter))
+        mismatch = admitted(factors, record, options.base_mismatch)
     if source is not None and options.to != "portable":
         raise OptionError(f"source does not apply to {options.to}; leave it out.")
     named, text = None if source is None else str(source), None if data is None else Path(data)
@@ -121,6 +126,8 @@ def convert(
         report = _TARGETS[options.to](job, directory)
         stored = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
     known = {k: v for k, v in report.__dict__.items() if k not in ("stored_bytes", "seconds")}
+    if mismatch is not None:
+        known["notes"] = (*report.notes, f"The adapter was {mismatch}")
     return ConvertReport(**known, stored_bytes=stored, seconds=time.perf_counter() - began)
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitloft.adapters import is_packed, read_adapter, read_packed
-from bitloft.checkpoint import read_json
 from bitloft.errors import CheckpointError
-from bitloft.integrations.loading import base_record, check_base, load, load_tokenizer
-from bitloft.integrations.source import open_source
+from bitloft.integrations.loading import base_record, load_tokenizer
+from bitloft.integrations.mismatch import admitted
+from bitloft.integrations.opening import open_model, quantized_by
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import EvalOptions
 from bitloft.tasks.lm import Collator, DataReport, Example, batches, check_length, encode_rows, target_losses
@@ -39,7 +39,8 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Loss in nats per target token, and its standard error (None where one cluster gives no spread to measure)."""
+    """Loss in nats per target token, and its standard error (None where one cluster gives no spread to measure).
+    ``mismatch`` is set where the adapter does not name this base by fingerprint."""
 
     base: str
     adapter: str | None
@@ -53,6 +54,7 @@ class EvalReport:
     clusters: int
     dtype: str
     seconds: float
+    mismatch: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +74,8 @@ def evaluate(
 
     ``adapter`` is a PEFT directory or a packed adapter. A loaded model is left as it was; its tokenizer is looked for
     where it was loaded from. Settings are the fields of EvalOptions. Raises DataError for a bad row (file and line),
-    AdapterError for an adapter of another base, OptionError for a length that the model does not take.
+    AdapterError for an adapter of another base (``base_mismatch`` decides), OptionError for a length that the model
+    does not take.
     """
     options = options or EvalOptions(**settings)
     rows = read_rows(data)
@@ -83,8 +86,7 @@ def evaluate(
     examples = examples[: options.limit]
     precision = choose_precision(options.dtype, model.device)
     bank = AdapterBank(model)
-    if adapter is not None:
-        _attach(bank, Path(adapter), base)
+    note = None if adapter is None else _attach(bank, Path(adapter), base, options.base_mismatch)
     try:
         sums, counts = _measure(
             model, bank, examples, options.batch, Collator.for_tokenizer(tokenizer), precision, progress
@@ -107,6 +109,7 @@ def evaluate(
         clusters=int(clusters.max()) + 1,
         dtype=precision.name,
         seconds=time.perf_counter() - began,
+        mismatch=note,
     )
 
 
@@ -130,30 +133,21 @@ def _opened(
     """The model in eval mode and its tokenizer."""
     if isinstance(base, PreTrainedModel):
         return base.eval(), tokenizer or load_tokenizer(base.name_or_path)
-    if _is_packed_base(Path(base)):
-        return load(base), tokenizer or load_tokenizer(base)
-    source = open_source(str(base))
-    tokenizer = tokenizer or source.tokenizer
-    if tokenizer is None:
+    opened = open_model(base)
+    if tokenizer is None and opened.tokenizer is None:
         raise CheckpointError(f"{base} holds no tokenizer; text cannot be encoded.")
-    return source.load().float().eval(), tokenizer
+    return opened.model, tokenizer or opened.tokenizer
 
 
-def _is_packed_base(directory: Path) -> bool:
-    """Whether the folder says that bitloft packed it; anything else is opened as a dense model."""
-    config = directory / "config.json"
-    if not config.is_file():
-        return False
-    return bool((read_json(config).get("quantization_config") or {}).get("quant_method") == "bitloft")
-
-
-def _attach(bank: AdapterBank, adapter: Path, base: str | Path | PreTrainedModel) -> None:
-    """Put the adapter on the model, as serving does; refuse one whose record names another base."""
+def _attach(bank: AdapterBank, adapter: Path, base: str | Path | PreTrainedModel, asked: str | None) -> str | None:
+    """Put the adapter on the model, as serving does; what is to be told about one that does not name this base."""
     found = read_packed(adapter) if is_packed(adapter) else read_adapter(adapter)
     directory = Path(base.name_or_path if isinstance(base, PreTrainedModel) else base)
-    if _is_packed_base(directory):
-        check_base(found.base, base_record(directory), str(adapter))
+    note = None
+    if quantized_by(directory) == "bitloft":
+        note = admitted(found, base_record(directory), asked)
     bank.attach("adapter", found)
+    return note
 
 
 @torch.inference_mode()

@@ -57,6 +57,7 @@ class Factors:
     pairs: dict[str, Pair]
     base: str | None
     source: str | None
+    start: str | None = None
 
 
 def read_factors(directory: Path | str) -> Factors:
@@ -65,10 +66,10 @@ def read_factors(directory: Path | str) -> Factors:
     if is_packed(directory):
         packed = read_packed(directory)
         found = {module.name: _decoded(module) for module in packed.modules.values()}
-        return Factors(directory, packed.config, found, packed.base, packed.source)
+        return Factors(directory, packed.config, found, packed.base, packed.source, packed.start)
     plain = read_adapter(directory)
     pairs = {pair.name: Pair(pair.a, pair.scaling * pair.b) for pair in plain.pairs}
-    return Factors(directory, plain.config, pairs, plain.base, plain.source)
+    return Factors(directory, plain.config, pairs, plain.base, plain.source, plain.start)
 
 
 def _decoded(module: PackedModule) -> Pair:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.errors import OptionError
-from bitloft.integrations.loading import base_record, check_base, load, load_tokenizer
-from bitloft.modules.multi import BASE, AdapterBank, install
+from bitloft.integrations.loading import attach, base_record, load, load_tokenizer
+from bitloft.modules.multi import BASE
 from bitloft.options import GenerateOptions
 from bitloft.tasks.chat import encode_chat
 
@@ -37,7 +36,7 @@ def generate(
         raise OptionError("generate takes a list of prompts, each of one character or more.")
     owners = _owners(len(prompts), list(adapters), names)
     tokenizer, model = load_tokenizer(base), load(base)
-    _attach(model, Path(base), adapters)
+    attach(model, adapters, base_record(base), options.base_mismatch)
     rows = [_encode(tokenizer, prompt, options.raw) for prompt in prompts]
     _check_context(model, rows, options.max_tokens)
     return _answer(model, tokenizer, rows, owners, options)
@@ -55,15 +54,6 @@ def _owners(count: int, known: list[str], names: Sequence[str | None] | None) ->
     if unknown is not None:
         raise OptionError(f"no adapter {unknown!r} is given; known: {', '.join(known) or 'none'}.")
     return [name or BASE for name in names]
-
-
-def _attach(model: Any, base: Path, adapters: Mapping[str, Path | str]) -> None:
-    bank, record = AdapterBank(model), base_record(base)
-    for name, path in adapters.items():
-        adapter = read_packed(path) if is_packed(path) else read_adapter(path)
-        check_base(adapter.base, record, str(path))
-        bank.attach(name, adapter)
-    install(model, bank)
 
 
 def _encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:

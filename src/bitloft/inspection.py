@@ -178,6 +178,7 @@ def _packed(path: Path) -> Inspection:
         "payload bytes": adapter.payload.numel(),
         "base": adapter.base or "unknown",
         "source": adapter.source or "unknown",
+        **({} if adapter.mismatch is None else {"it was": adapter.mismatch}),
         "sha256": adapter.sha256,
     }
     return Inspection("packed adapter", summary, columns, tuple(_packed_row(m) for m in adapter.modules.values()))

@@ -36,7 +36,8 @@ from bitloft.errors import OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked
 from bitloft.formats import Format
-from bitloft.integrations.loading import BaseRecord, base_record, check_base, load, quiet_loading, stored_dtype
+from bitloft.integrations.loading import BaseRecord, base_record, load, quiet_loading, stored_dtype
+from bitloft.integrations.mismatch import admitted
 from bitloft.kernels.ops import decode
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
@@ -69,7 +70,8 @@ class MergedMatrix:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge`` did. Losses are nats per token, of base with adapter and of the merged base; None without text."""
+    """What ``merge`` did. Losses are nats per token, of base with adapter and of the merged base; None without text.
+    ``mismatch`` is set where the adapter does not name this base by fingerprint."""
 
     out: str
     base: str
@@ -82,6 +84,7 @@ class MergeReport:
     loss_base: float | None
     stored_bytes: int
     seconds: float
+    mismatch: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +109,7 @@ def merge(
     """
     options, began, base = options or MergeOptions(**settings), time.perf_counter(), Path(base)
     record, factors = base_record(base), read_factors(adapter)
-    check_base(factors.base, record, str(adapter))
+    mismatch = admitted(factors, record, options.base_mismatch)
     losses = _losses(base, adapter, data, options, progress)
     with writing(out, overwrite=overwrite) as directory, torch.no_grad():
         model = load(base, dtype=stored_dtype(base))
@@ -129,6 +132,7 @@ def merge(
             loss_base=losses[0],
             stored_bytes=sum(f.stat().st_size for f in weight_files(directory)),
             seconds=time.perf_counter() - began,
+            mismatch=mismatch,
         )
         _describe(directory, base, record, report)
     return report
@@ -146,7 +150,9 @@ def _losses(
 
 
 def _eval_options(options: MergeOptions) -> EvalOptions:
-    return EvalOptions(length=options.length, limit=options.limit, batch=options.batch)
+    return EvalOptions(
+        length=options.length, limit=options.limit, batch=options.batch, base_mismatch=options.base_mismatch
+    )
 
 
 def _merge_all(

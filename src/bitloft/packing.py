@@ -9,7 +9,7 @@ budgets: errors are measured from the blocks as they will be stored, never predi
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +26,24 @@ from bitloft.solvers.refine import refined
 Progress = Callable[[int, int, str], None]
 Blocks = tuple[PackedBlock, ...]
 ROUNDS = 8  # of allocating and measuring; two or three are enough
+RESERVE = 2  # bytes a module: an error of three digits, compressed
 HALVINGS = 10  # of the bracket between half and all of the size that predicted errors ask for: 0.05 % of it is left
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A distillation at constant size. Losses are nats per token on ``tokens`` held-out targets: of the base with the
+    adapter as trained, packed, and packed after distilling. ``kept`` says whether the last is what was written: it is
+    only where the loss fell."""
+
+    steps: int
+    codes: bool
+    loss_full: float
+    loss_before: float
+    loss_after: float
+    tokens: int
+    kept: bool
+    seconds: float
 
 
 class Packing:
@@ -38,9 +55,10 @@ class Packing:
         options: CompressOptions,
         *,
         moments: Mapping[str, Tensor] | None = None,
+        mismatch: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.source, self.options, self._progress = source, options, progress
+        self.source, self.options, self.mismatch, self._progress = source, options, mismatch, progress
         self._errors: dict[tuple[Any, ...], float] = {}
         self._refined: dict[tuple[Any, ...], Blocks] = {}
         self._weighed = bool(moments)
@@ -58,12 +76,18 @@ class Packing:
         except AdapterError as error:
             raise AdapterError(f"module {pair.name} of adapter {self.source.path}: {error}") from error
 
+    @property
+    def _reserve(self) -> int:
+        """Bytes kept free for a distillation to come: codes keep their size, but errors and scales are then spelled
+        otherwise in table and manifest."""
+        return RESERVE * (len(self.source.pairs) + 8) if self.options.distill else 0
+
     def solve(self) -> tuple[list[PackedModule], list[str]]:
         """The modules in name order, and what the user must be told."""
         notes = [] if self.energy else [f"{self.source.path} changes nothing: every product is zero."]
         settings = self.options.settings
         if settings["name"] != "waterfill":
-            return self._modules([self._other(i, settings) for i in self._each()]), notes
+            return self.modules_of([self._other(i, settings) for i in self._each()]), notes
         coded = [waterfill.code(self._aims[i]) for i in self._each()]
         if "quality" in settings:
             return self._of_quality(coded, float(settings["quality"])), notes
@@ -96,9 +120,9 @@ class Packing:
     def _of_bits(
         self, coded: list[waterfill.Coded], bits: float, notes: list[str]
     ) -> tuple[list[PackedModule], list[str]]:
-        limit = int(bits * self.source.values / 8)
+        limit = int(bits * self.source.values / 8) - self._reserve
         widths = waterfill.least(coded)
-        best = self._modules([()] * len(coded)) if widths is None else self._packed(coded, widths)
+        best = self.modules_of([()] * len(coded)) if widths is None else self._packed(coded, widths)
         size = self._size(best)
         if size > limit:
             raise OptionError(self._below_floor(bits, best))
@@ -151,9 +175,9 @@ class Packing:
                 if key not in self._refined:
                     self._refined[key] = refined(self._aims[i], blocks[i])
             blocks = [self._refined[key] for key in keys]
-        return self._modules(blocks, keys)
+        return self.modules_of(blocks, keys)
 
-    def _modules(self, blocks: Sequence[Blocks], keys: Sequence[tuple[Any, ...]] | None = None) -> list[PackedModule]:
+    def modules_of(self, blocks: Sequence[Blocks], keys: Sequence[tuple[Any, ...]] | None = None) -> list[PackedModule]:
         """Blocks with names, sizes and measured errors; ``keys`` tell equal choices apart, so each is measured once."""
         found = []
         for i, (pair, exact, parts) in enumerate(zip(self.source.pairs, self.exact, blocks, strict=True)):
@@ -188,6 +212,8 @@ class Packing:
             "values": source.values,
             "error": float(f"{self.error(modules):.3e}"),
         }
+        if self.mismatch is not None:
+            record["mismatch"] = self.mismatch
         try:
             return serialize(kept(source.config, [m.name for m in modules]), modules, record)
         except BitloftError as error:
@@ -198,11 +224,11 @@ class Packing:
 
     def _below_floor(self, bits: float, least: Sequence[PackedModule]) -> str:
         """The manifest records what was asked for, so the size of the floor includes the floor's own digits."""
-        size, ticks = self._size(least), 0
+        size, ticks = self._size(least) + self._reserve, 0
         while 8 * size > ticks * self.source.values / 10000:
             ticks = max(ticks + 1, -(-8 * size * 10000 // self.source.values))  # rounded up: asking for it must work
             self.options = replace(self.options, bits=ticks / 10000)
-            size = self._size(least)
+            size = self._size(least) + self._reserve
         floor = ticks / 10000
         return (
             f"{bits:g} true bits allow {int(bits * self.source.values / 8)} bytes for {self.source.path}, but names, "

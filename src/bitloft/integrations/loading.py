@@ -1,5 +1,6 @@
 """Reading a base directory: which class, which dtype, which fingerprint; packed adapters attached by name."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,19 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from bitloft.adapters import is_packed, read_packed
+from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
 from bitloft.errors import AdapterError, CheckpointError, OptionError
+from bitloft.formats import Format
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank, install
-from bitloft.options import STARTS
+from bitloft.options import STARTS, QuantizeOptions
+from bitloft.options.fields import require_mismatch
+from bitloft.rules import StoredModule
+
+REPORT = "bitloft_report.json"
+
+log = logging.getLogger("bitloft")
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,22 @@ class BaseRecord:
     fingerprint: str
     source: str | None
     options: dict[str, Any]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code of the narrowest packed module."""
+        config = _quantization_config(self.directory)
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        options = QuantizeOptions(**given)
+        stored = [StoredModule.read(entry, options, name) for name, entry in (config.get("modules") or {}).items()]
+        return min(Format.parse(text).bits for text in [m.format for m in stored] or [options.format])
+
+    @property
+    def source_name(self) -> str | None:
+        """The hub name, folder or file name of the model that was quantized, None where no report says it."""
+        report = self.directory / REPORT
+        name = read_json(report).get("source") if report.is_file() else None
+        return name if isinstance(name, str) else None
 
 
 def base_record(directory: Path | str, *, verify: bool = False) -> BaseRecord:
@@ -65,18 +89,22 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = True,
+    base_mismatch: str | None = None,
 ) -> PreTrainedModel:
     """A packed base with its start, in eval mode, and packed adapters attached by name.
 
     With adapters, ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one name
     per row, ``"__base__"`` meaning none. ``start="trainable"`` leaves the start out of the forward, for the caller to
     hand to PEFT. ``dtype`` is that of the parts that are not packed: by default float32 on CPU, else as stored.
-    Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter of another base.
+    ``base_mismatch`` (refuse, measure or allow) answers for adapters that do not name this base, by default as
+    ``integrations.mismatch`` says; what is let through is logged as a warning.
+    Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter that is refused.
     """
     from bitloft.integrations import register
 
     if start not in STARTS:
         raise OptionError(f"start is {start!r}; use one of {', '.join(STARTS)}.")
+    require_mismatch(base_mismatch)
     register()
     directory = Path(directory)
     record = base_record(directory, verify=verify)
@@ -88,29 +116,26 @@ def load(
     for layer in quant_linears(model).values():
         layer.start_enabled = start == "frozen"
     if adapters:
-        attach(model, adapters, record)
+        plain = next((path for path in adapters.values() if not is_packed(Path(path))), None)
+        if plain is not None:
+            raise AdapterError(f"{plain} is not a packed adapter; make one with `bitloft compress {plain} --out DIR`.")
+        attach(model, adapters, record, base_mismatch)
     return model
 
 
-def attach(model: PreTrainedModel, adapters: Mapping[str, Path | str], record: BaseRecord) -> None:
-    """Attach packed adapters that were made for this base."""
+def attach(
+    model: PreTrainedModel, adapters: Mapping[str, Path | str], record: BaseRecord, base_mismatch: str | None
+) -> None:
+    """Give ``model`` a bank with these adapters, plain or packed; what is let through unnamed is logged."""
+    from bitloft.integrations.mismatch import Gate
+
     bank = AdapterBank(model)
+    gate = Gate(bank, record, base_mismatch)
     for name, path in adapters.items():
-        if not is_packed(Path(path)):
-            raise AdapterError(f"{path} is not a packed adapter; make one with `bitloft compress {path} --out DIR`.")
-        adapter = read_packed(Path(path))
-        check_base(adapter.base, record, str(path))
-        bank.attach(name, adapter)
+        note = gate.attach(name, read_packed(path) if is_packed(path) else read_adapter(path), str(path))
+        if note is not None:
+            log.warning("adapter %s was %s", name, note)
     install(model, bank)
-
-
-def check_base(base: str | None, record: BaseRecord, adapter: str) -> None:
-    """Refuse an adapter whose file says that it was made for another base."""
-    if base is not None and base != record.fingerprint:
-        raise AdapterError(
-            f"adapter {adapter} was trained for another base (fingerprint {base[:12]}); {record.directory} is "
-            f"{record.fingerprint[:12]}. Use the base that it was trained on."
-        )
 
 
 def model_class(config: Mapping[str, Any], source: str) -> Any:

@@ -3,14 +3,15 @@
 A field's ``help`` becomes the flag's help text. Values are checked here, once, before any file is touched.
 """
 
-from bitloft.options.compress import METHODS, CompressOptions
+from bitloft.options.compress import METHODS, CompressOptions, RebaseOptions
 from bitloft.options.convert import CODES, CONTAINS, DENSE_DTYPES, TARGETS, ConvertOptions, MergeOptions
-from bitloft.options.fields import option, require
+from bitloft.options.fields import BASE_MISMATCH, DTYPES, option, require
 from bitloft.options.generate import KEY_VARIABLE, LOOPBACK, GenerateOptions, ServeOptions
 from bitloft.options.quantize import SOLVERS, QuantizeOptions
-from bitloft.options.train import DTYPES, SCHEDULES, STARTS, EvalOptions, TrainOptions
+from bitloft.options.train import SCHEDULES, STARTS, EvalOptions, TrainOptions
 
 __all__ = [
+    "BASE_MISMATCH",
     "CODES",
     "CONTAINS",
     "DENSE_DTYPES",
@@ -28,6 +29,7 @@ __all__ = [
     "GenerateOptions",
     "MergeOptions",
     "QuantizeOptions",
+    "RebaseOptions",
     "ServeOptions",
     "TrainOptions",
     "option",

@@ -1,11 +1,19 @@
-"""How an adapter is packed."""
+"""How an adapter is packed, and how it is moved to another base."""
 
 from dataclasses import dataclass
 
-from bitloft.options.fields import option, require, require_choices, require_positive
+from bitloft.options.fields import (
+    DTYPES,
+    base_mismatch,
+    option,
+    require,
+    require_choices,
+    require_mismatch,
+    require_positive,
+)
 
 METHODS = {
-    "waterfill": ("bits", "quality"),
+    "waterfill": ("bits", "quality", "distill"),
     "loraquant": ("high", "ratio", "split"),
     "rtn": ("high",),
     "sign": (),
@@ -36,15 +44,26 @@ class CompressOptions:
     rank: int | None = option(None, "rank that truncate keeps (default: 1)")
     width: int | None = option(None, "bits of a value that truncate keeps, 16 or 8 (default: 16)")
     refine: bool = option(True, "waterfill: joint refinement of codes; loraquant: search of the ranges")
+    distill: int | None = option(
+        None, "waterfill: steps of distillation on --data after packing, at the same size; needs --base and --data"
+    )
+    distill_codes: bool = option(True, "distill scales and codes; without, the scales alone")
+    length: int = option(256, "tokens of a sequence of --data")
+    batch: int = option(4, "sequences of --data in a batch")
+    seed: int = option(0, "seed of the order in which distillation takes the data")
+    base_mismatch: str | None = base_mismatch()
 
     def __post_init__(self) -> None:
         require_choices(method=(self.method, METHODS))
         used = METHODS[self.method]
-        for name in ("bits", "quality", "high", "ratio", "split", "rank", "width"):
+        for name in ("bits", "quality", "high", "ratio", "split", "rank", "width", "distill"):
             ok = name in used or getattr(self, name) is None
             require(ok, f"{name} does not apply to method {self.method}; leave it out.")
         require(self.bits is None or self.quality is None, "bits and quality are two ways to choose a size; give one.")
-        require_positive(self, "bits", "rank")
+        require_positive(self, "bits", "rank", "distill", "batch")
+        require(self.length >= 2, f"length is {self.length}; use 2 or more.")
+        require(self.distill is not None or self.distill_codes, "distill_codes applies to distill; give its steps.")
+        require_mismatch(self.base_mismatch)
         require(self.quality is None or 0 < self.quality < 1, f"quality is {self.quality}; use an error from 0 to 1.")
         highs, words = ((2, 3), "2 or 3") if self.method == "loraquant" else ((2, 3, 4), "2, 3 or 4")
         require(self.high is None or self.high in highs, f"high is {self.high}; use {words}.")
@@ -63,4 +82,23 @@ class CompressOptions:
                 found[name] = value
         if found.get("split") == "svd":
             del found["split"]
+        if not self.distill_codes:
+            found["distill_codes"] = False
         return found if self.refine else found | {"refine": False}
+
+
+@dataclass(frozen=True)
+class RebaseOptions:
+    """How an adapter is moved to another base of the same model: the course of a short distillation."""
+
+    steps: int = option(200, "optimizer steps")
+    lr: float = option(2e-4, "peak learning rate (cosine after a short warm-up)")
+    batch: int = option(4, "sequences in a batch")
+    length: int = option(256, "tokens of a sequence; documents are cut into such blocks, longer rows lose their end")
+    seed: int = option(0, "seed of the order of the data")
+    dtype: str = option("auto", "bfloat16 (autocast), float32, or auto: bfloat16 where the processor computes in it")
+
+    def __post_init__(self) -> None:
+        require_choices(dtype=(self.dtype, DTYPES))
+        require_positive(self, "steps", "lr", "batch")
+        require(self.length >= 2, f"length is {self.length}; use 2 or more.")

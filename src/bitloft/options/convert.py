@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bitloft.formats import Format
-from bitloft.options.fields import option, require, require_choices, require_positive
+from bitloft.options.fields import base_mismatch, option, require, require_choices, require_mismatch, require_positive
 
 CODES = ("new", "kept")
 
@@ -20,8 +20,10 @@ class MergeOptions:
     length: int = option(512, "tokens of a sequence that the loss is measured on")
     limit: int | None = option(None, "measure the loss on the first so many sequences only")
     batch: int = option(4, "sequences in a batch")
+    base_mismatch: str | None = base_mismatch()
 
     def __post_init__(self) -> None:
+        require_mismatch(self.base_mismatch)
         require_choices(codes=(self.codes, CODES))
         require(self.rank is None or self.rank >= 0, f"rank is {self.rank}; use 0 or more.")
         if self.codes == "kept":
@@ -47,8 +49,10 @@ class ConvertOptions:
     length: int = option(512, "tokens of a sequence that the loss is measured on")
     limit: int | None = option(None, "measure the loss on the first so many sequences only")
     batch: int = option(4, "sequences in a batch")
+    base_mismatch: str | None = base_mismatch()
 
     def __post_init__(self) -> None:
+        require_mismatch(self.base_mismatch)
         require_choices(to=(self.to, TARGETS), dtype=(self.dtype, DENSE_DTYPES), contains=(self.contains, CONTAINS))
         portable = self.to == "portable"
         require(portable or self.contains == "task", f"contains does not apply to {self.to}; leave it out.")

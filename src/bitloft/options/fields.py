@@ -19,6 +19,24 @@ def require(condition: bool, message: str) -> None:
         raise OptionError(message)
 
 
+DTYPES = ("auto", "float32", "bfloat16")
+BASE_MISMATCH = ("refuse", "measure", "allow")
+
+
+def base_mismatch() -> Any:
+    """The field that every verb has in which an adapter meets a base; check it by ``require_mismatch``."""
+    return option(
+        None,
+        "an adapter that does not name this very base: refuse it, measure what it does to the loss here, or allow it "
+        "(default: measure on a base of 4 bits or more of the same model, else refuse)",
+    )
+
+
+def require_mismatch(value: str | None) -> None:
+    if value is not None:
+        require_choices(base_mismatch=(value, BASE_MISMATCH))
+
+
 def require_positive(options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 
-from bitloft.options.fields import option, require, require_choices, require_positive
+from bitloft.options.fields import (
+    DTYPES,
+    base_mismatch,
+    option,
+    require,
+    require_choices,
+    require_mismatch,
+    require_positive,
+)
 
 STARTS = ("frozen", "trainable")
-
-
 SCHEDULES = ("cosine", "linear", "constant")
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,10 @@ class EvalOptions:
     limit: int | None = option(None, "measure on the first so many sequences only")
     batch: int = option(4, "sequences in a batch")
     dtype: str = option("float32", "float32, bfloat16 (autocast), or auto: bfloat16 where the processor computes in it")
+    base_mismatch: str | None = base_mismatch()
 
     def __post_init__(self) -> None:
+        require_mismatch(self.base_mismatch)
         require_choices(dtype=(self.dtype, DTYPES))
         require_positive(self, "limit", "batch")
         require(self.length >= 2, f"length is {self.length}; use 2 or more.")
-
-
-# Methods of compress and the fields that apply to each.

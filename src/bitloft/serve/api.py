@@ -67,7 +67,7 @@ class Service:
         return JSONResponse(self._card(self.store.acquire(request.path_params["name"]).name))
 
     def _card(self, name: str) -> dict[str, Any]:
-        return model_card(name, self.store.base_name, self.started)
+        return model_card(name, self.store.base_name, self.started, self.store.acquire(name).note)
 
     async def chat(self, request: HttpRequest) -> Response:
         body = await _read(request, ChatBody)

@@ -46,11 +46,13 @@ def open_service(
     record = base_record(base)
     model = load(base)
     tokenizer = load_tokenizer(base)
-    store = AdapterStore(AdapterBank(model), record, options.name or base.resolve().name)
+    name = options.name or base.resolve().name
+    store = AdapterStore(AdapterBank(model), record, name, options.base_mismatch)
     if adapter_dir is not None:
         store.scan(Path(adapter_dir))
     for name in store.names:
-        tell(f"adapter {name}: {store.acquire(name).nbytes / 1024:.0f} KiB in memory")
+        held = store.acquire(name)
+        tell(f"adapter {name}: {held.nbytes / 1024:.0f} KiB in memory" + (f"; {held.note}" if held.note else ""))
     for name, reason in store.refused.items():
         tell(f"adapter {name} is not served: {reason}")
     return Service(Engine(model, tokenizer, store, options), store, tokenizer, options)

@@ -94,7 +94,9 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(error_body(error), status, headers)
 
 
-def model_card(name: str, base: str, created: int) -> dict[str, Any]:
-    """An entry of /v1/models: adapters have the base as parent. Paths are nobody's business."""
+def model_card(name: str, base: str, created: int, note: str | None = None) -> dict[str, Any]:
+    """An entry of /v1/models: adapters have the base as parent. Paths are nobody's business. ``note`` tells of a base
+    mismatch."""
     parent = None if name == base else base
-    return {"id": name, "object": "model", "created": created, "owned_by": "bitloft", "root": name, "parent": parent}
+    card = {"id": name, "object": "model", "created": created, "owned_by": "bitloft", "root": name, "parent": parent}
+    return card if note is None else card | {"base_mismatch": note}

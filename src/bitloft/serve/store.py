@@ -13,7 +13,8 @@ from pathlib import Path
 from bitloft.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, PackedAdapter, is_packed, read_adapter, read_packed
 from bitloft.checkpoint import sha256
 from bitloft.errors import AdapterError, BitloftError, CheckpointError
-from bitloft.integrations.loading import BaseRecord, check_base
+from bitloft.integrations.loading import BaseRecord
+from bitloft.integrations.mismatch import Gate
 from bitloft.modules.multi import AdapterBank
 from bitloft.serve.requests import RequestError
 
@@ -22,18 +23,21 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class Handle:
-    """One version of one adapter: ``key`` names it in the bank (None is the base)."""
+    """One version of one adapter: ``key`` names it in the bank (None is the base); ``note`` tells of a base mismatch
+    that was let through."""
 
     name: str
     key: str | None
     nbytes: int = 0
+    note: str | None = None
 
 
 class AdapterStore:
     """Base and adapters by model name. ``refused`` has the reason of every subdirectory that is not served."""
 
-    def __init__(self, bank: AdapterBank, record: BaseRecord, base_name: str) -> None:
+    def __init__(self, bank: AdapterBank, record: BaseRecord, base_name: str, base_mismatch: str | None = None) -> None:
         self.bank, self.record, self.base_name = bank, record, base_name
+        self._gate = Gate(bank, record, base_mismatch)
         self.refused: dict[str, str] = {}
         self._handles: dict[str, Handle] = {}
 
@@ -76,11 +80,9 @@ class AdapterStore:
         if not path.resolve().is_relative_to(directory.resolve()):
             raise AdapterError(f"{path.name!r} leads out of the adapter directory; put the adapter itself there.")
         adapter: Adapter | PackedAdapter = read_packed(path) if is_packed(path) else read_adapter(path)
-        check_base(adapter.base, self.record, path.name)
         key = adapter.sha256 if isinstance(adapter, PackedAdapter) else _identity(path)
-        if key not in self.bank.names:
-            self.bank.attach(key, adapter)
-        return Handle(path.name, key, self.bank.nbytes(key))
+        note = self._gate.attach(key, adapter, path.name)
+        return Handle(path.name, key, self.bank.nbytes(key), note)
 
 
 def _identity(path: Path) -> str:

@@ -184,14 +184,22 @@ def target_losses(model: Any, batch: dict[str, Tensor], **kwargs: Any) -> tuple[
     ``model`` is a transformers causal model (or PEFT over one) whose forward takes ``logits_to_keep``; ``kwargs`` go to
     its forward. Differentiable.
     """
-    labels = batch["labels"]
-    wanted = labels[:, 1:] != IGNORED  # [batch, length - 1]: position t predicts label t + 1
+    logits, rows = target_logits(model, batch, **kwargs)
+    labels = batch["labels"][:, 1:]
+    losses: Tensor = _TokenLosses.apply(logits, labels[labels != IGNORED])  # type: ignore[no-untyped-call]
+    return losses, rows
+
+
+def target_logits(
+    model: Any, batch: dict[str, Tensor], **kwargs: Any
+) -> tuple[Float[Tensor, "targets vocabulary"], Int[Tensor, " targets"]]:
+    """The logits that predict every labeled token of a batch, and the batch row of each; see ``target_losses``."""
+    wanted = batch["labels"][:, 1:] != IGNORED  # [batch, length - 1]: position t predicts label t + 1
     kept = wanted.any(dim=0).nonzero().squeeze(1)  # positions that any row of the batch needs
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     logits = model(**inputs, logits_to_keep=kept, use_cache=False, **kwargs).logits
     where = wanted[:, kept]
-    losses: Tensor = _TokenLosses.apply(_rows(logits, where), labels[:, 1:][wanted])  # type: ignore[no-untyped-call]
-    return losses, where.nonzero()[:, 0]
+    return _rows(logits, where), where.nonzero()[:, 0]
 
 
 def _rows(
