@@ -51,7 +51,7 @@ def test_trained_ones_keep_their_size_and_are_what_was_trained(blocks: dict[str,
     with torch.no_grad():
         for coded in factors.values():
             for parameter in coded.parameters():
-                parameter += 0.5 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
     again = packed_again(factors)
     for name, parts in blocks.items():
         assert sum(b.a.nbytes + b.bt.nbytes for b in again[name]) == sum(b.a.nbytes + b.bt.nbytes for b in parts)
