@@ -36,7 +36,7 @@ LAYERS = (
     ("stream",),
     ("calibrate", "tasks", "report", "card"),
     ("ground",),
-    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts", "rebase"),
+    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts", "rebase", "sensitivity"),
     ("widths", "bulk"),
     ("quantize",),
     ("merge", "convert"),
@@ -49,7 +49,19 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What knows transformers and peft: their integrations, and what builds on those.
 KNOWS_TRANSFORMERS = (
-    *("integrations", "tasks", "quantize", "train", "evaluate", "rebase", "merge", "convert", "generate", "serve"),
+    *(
+        "integrations",
+        "tasks",
+        "quantize",
+        "train",
+        "evaluate",
+        "rebase",
+        "sensitivity",
+        "merge",
+        "convert",
+        "generate",
+    ),
+    "serve",
 )
 TORCH_FREE = ("errors", "formats", "patterns", "options", "rules", "cli")
 MODULE_LINES, FUNCTION_LINES = 350, 60

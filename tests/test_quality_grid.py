@@ -1,4 +1,4 @@
-"""The grid of bench/quality_adapter.py: figures follow their definitions, moments are means, heads stay."""
+"""The grid of bench/quality_adapter.py: figures follow their definitions, what is kept apart stays apart."""
 
 import importlib
 import math
@@ -103,26 +103,10 @@ def test_what_the_figures_need_comes_first() -> None:
 def test_cells_of_another_effort_are_other_cells() -> None:
     plan = part("plan")
     one = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.FULL)
-    other = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.Effort(80, 64))
+    other = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.Effort(80, plan.FULL.rows))
     assert one.name != other.name
     assert one.key("full") != other.key("full")
     assert one.alone.key("base") == other.alone.key("base")  # the base alone was not trained
-
-
-def test_moments_are_means_over_all_inputs_and_hooks_go() -> None:
-    decoder = part("decoder")
-    first, second = (decoder.HalfLinear(torch.randn(4, 8), None) for _ in range(2))
-    model = nn.ModuleDict({"first": first, "second": second})
-    found = decoder.Moments(model)
-    inputs = [torch.randn(1, n, 8) for n in (3, 5)]
-    for x in inputs:  # one tensor read by both, as q, k and v do
-        first(x)
-        second(x)
-    moments = found.done()
-    rows = torch.cat([x[0] for x in inputs])
-    assert torch.allclose(moments["first"], rows.T @ rows / 8, atol=1e-5)
-    assert torch.equal(moments["first"], moments["second"])
-    assert not first._forward_pre_hooks
 
 
 def test_half_products_are_rounded_once() -> None:

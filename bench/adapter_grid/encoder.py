@@ -22,6 +22,7 @@ from bitloft.integrations.loading import base_record, load, quiet_loading
 from bitloft.integrations.peft import fresh_adapter, save_adapter
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
+from bitloft.sensitivity import weighed_inputs
 
 COLUMNS = {"sst2": ("sentence", None, "label"), "mrpc": ("#1 String", "#2 String", "Quality")}
 HEAD_ROWS, HEAD_STEPS, TRAINED_ROWS = 1000, 200, 4000
@@ -91,27 +92,13 @@ class Encoder:
         stderr = float(found.std() / math.sqrt(len(rows)))
         return {"loss": float(found.mean()), "stderr": stderr, "tokens": len(rows), "right": right / len(rows)}
 
-    @torch.inference_mode()
     def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]:
-        """Second moments [in, in] of the packed modules' inputs, padding left out."""
-        model, sums, count = load(base), dict[str, Tensor](), 0
-        mask = torch.zeros(0)
-
-        def hook(name: str) -> Any:
-            def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                rows = args[0][mask.bool()]
-                sums[name] = sums.get(name, torch.zeros(())) + rows.T @ rows
-
-            return see
-
-        for name, layer in quant_linears(model).items():
-            layer.register_forward_pre_hook(hook(name))
-        for chosen in _batches(self.rows(setting.task, "train")[:SAMPLE]):
-            batch = self._encoded(chosen)
-            mask = batch["attention_mask"]
-            count += int(mask.sum())
-            model(**batch)
-        return {name: total / count for name, total in sums.items()}
+        """The metric of the base's inputs on the first training rows; padding has no gradient, hence no weight."""
+        model = load(base)
+        with weighed_inputs(model) as found:
+            for chosen in _batches(self.rows(setting.task, "train")[:SAMPLE]):
+                self._losses(model, chosen).sum().backward()
+        return found
 
     def rows(self, task: str, which: str) -> list[Row]:
         first, second, label = COLUMNS[task]
