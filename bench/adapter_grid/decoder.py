@@ -2,8 +2,8 @@
 
 Judging is what the grid spends its hours on, so the base is opened once and its packed products are replaced by dense
 ones in bfloat16 whose results go on in float32: twice as fast as float32 on a processor with bfloat16 arithmetic, and
-equal to it within 2e-4 nats on GSM8K, since adapters, attention, norms and the output head stay in float32. (Autocast would
-round the output before the adapter is added to it, and with it a part of the adapter.)
+equal to it within 2e-4 nats on GSM8K, since adapters, attention, norms and the output head stay in float32. (Autocast
+would round the output before the adapter is added to it, and with it a part of the adapter.)
 """
 
 import json
