@@ -84,6 +84,8 @@ def test_kinds_are_told_apart(adapter: Path, bases: dict[int, Path]) -> None:
         ("/home/somebody/models/MODEL/", True),
         ("unsloth/MODEL-bnb-4bit", True),
         ("org/MODEL-2", False),
+        ("elsewhere/b4", False),
+        ("\0/../" * 1000 + "x", False),
         ("", False),
         (None, False),
         (7, False),
@@ -96,7 +98,14 @@ def test_without_fingerprints_the_name_speaks(
     mismatch = found(named(adapter, name.replace("MODEL", model) if isinstance(name, str) else name), bases[4])
     assert mismatch.same_model is same
     assert "without a fingerprint" in mismatch.clause
+    assert len(mismatch.clause) < 200
     assert "somebody" not in mismatch.clause  # whose folders these were is nobody's business
+
+
+def test_what_peft_trained_on_the_loaded_base_names_its_folder(adapter: Path, bases: dict[int, Path]) -> None:
+    mismatch = found(named(adapter, str(bases[4])), bases[4])
+    assert mismatch.same_model
+    assert "for this folder ('b4') by name" in mismatch.clause
 
 
 def test_the_default_goes_by_bits_and_model(adapter: Path, bases: dict[int, Path]) -> None:

@@ -15,6 +15,7 @@ a base differs from its model so much that an adapter of another one may do harm
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import abspath
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,9 +105,10 @@ def _by_name(name: object, record: BaseRecord) -> Mismatch:
     """An adapter without fingerprints: PEFT writes the name or the folder of what it was trained on, no more."""
     if not isinstance(name, str) or not name:
         return Mismatch("made without a fingerprint or a name of its base", False)
-    known = {_stem(found) for found in (record.source_name, record.directory.name) if found}
     shown = repr(Path(name).name[:SHOWN])  # the last part: whose folders these were is nobody's business
-    if _stem(name) in known:
+    if abspath(name) == abspath(record.directory):  # PEFT on a loaded base writes that base's folder
+        return Mismatch(f"made without a fingerprint, for this folder ({shown}) by name", True)
+    if record.source_name is not None and _stem(name) == _stem(record.source_name):
         return Mismatch(f"made without a fingerprint, for {shown}, by name the model of this base", True)
     return Mismatch(f"made without a fingerprint, for {shown} by name", False)
 
