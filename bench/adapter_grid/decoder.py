@@ -31,7 +31,7 @@ class HalfLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own constructor would draw a random weight
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: Tensor) -> Tensor:
         y = nn.functional.linear(input.bfloat16(), self.weight).float()
@@ -49,7 +49,8 @@ class Decoder:
         return self._source
 
     def train(self, base: Path, setting: Setting, out: Path) -> None:
-        effort, shape = setting.effort, {"rank": setting.rank, "alpha": 2.0 * setting.rank}
+        effort = setting.effort
+        shape: dict[str, Any] = {"rank": setting.rank, "alpha": 2.0 * setting.rank}
         train(
             base,
             self.data(setting.task, "train"),

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from adapter_grid.plan import Setting
 from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.integrations.loading import base_record, load, quiet_loading
-from bitloft.integrations.peft import fresh_adapter, save_adapter
+from bitloft.integrations.peft import register, save_adapter
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
 from bitloft.sensitivity import weighed_inputs
@@ -54,9 +55,7 @@ class Encoder:
         return out
 
     def train(self, base: Path, setting: Setting, out: Path) -> None:
-        adapted = fresh_adapter(
-            load(base), rank=setting.rank, alpha=2.0 * setting.rank, seed=setting.seed, targets=self._targets(base)
-        )
+        adapted = self._adapted(base, setting)
         rows, draw = self.rows(setting.task, "train")[:TRAINED_ROWS], random.Random(setting.seed)
         count = STEPS * setting.effort.steps
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], weight_decay=0.0)
@@ -100,16 +99,23 @@ class Encoder:
                 self._losses(model, chosen).sum().backward()
         return found
 
+    def data(self, task: str, which: str) -> Path:
+        return self.shared / "data" / f"glue_{task}" / f"{'train' if which == 'train' else 'validation'}.tsv"
+
     def rows(self, task: str, which: str) -> list[Row]:
         first, second, label = COLUMNS[task]
-        file = self.shared / "data" / f"glue_{task}" / f"{'train' if which == 'train' else 'validation'}.tsv"
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with self.data(task, which).open(encoding="utf-8-sig", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
         return [(row[first], row[second] if second else None, int(row[label])) for row in rows]
 
-    def _targets(self, base: Path) -> tuple[str, ...]:
-        """The packed linears: pooler and head stay what they are."""
-        return tuple(quant_linears(load(base)))
+    def _adapted(self, base: Path, setting: Setting) -> PeftModel:
+        """A fresh adapter of the packed linears: pooler and head stay what they are."""
+        register()
+        model = load(base)
+        config = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules=list(quant_linears(model)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(setting.seed)
+            return get_peft_model(model, config)
 
     def _fit_head(self, model: PreTrainedModel, rows: Sequence[Row]) -> None:
         """The classifier by full-batch Adam on the pooled states of ``rows``; the encoder does not move."""

@@ -17,7 +17,8 @@ STARTED = ("lm2:64", "lm3:64", "lm4:64")  # where a frozen and a trained start a
 RANK = 16
 OURS, THEIRS, PLAIN = "waterfill", "loraquant 2@0.8", "waterfill blind"
 SAME = "loraquant's bits"
-JOINT = "joint"
+JOINT, DISTILLED = "joint", "waterfill distilled"
+DISTILL = 40  # steps
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,34 @@ def steps(mode: str, planned: Sequence[Setting]) -> Iterator[tuple[Setting, Way]
     first = [s for s in planned if (s.task, s.rank, s.start) == ("gsm8k", RANK, "frozen")]
     needed = [way for way in ways(mode) if way.method in (OURS, THEIRS)]
     yield from ((setting, way) for setting in first for way in needed)
-    yield from ((setting, way) for setting in planned for way in ways(mode))
+    for setting in planned:
+        for way in ways(mode):
+            if setting.task not in ENCODER_TASKS or "distill" not in way.settings:  # it learns from next tokens
+                yield setting, way
 
 
 def ways(mode: str) -> Iterator[Way]:
     """Methods and sizes in order of importance."""
-    sizes = (3.0, 4.0) if mode == "smoke" else SIZES
+    sizes = {"smoke": (3.0, 4.0), "quick": SIZES[:4], "full": SIZES}[mode]
     yield Way(THEIRS, "", {"method": "loraquant", "high": 2, "ratio": 0.8})
-    # where four bits cap nothing, joint refinement in a metric is minutes for a thousandth of the gain
+    # below one bit joint refinement in a metric costs most of the time and gains a thousandth (docs/decisions.md)
     yield from (Way(OURS, size, {"bits": size, "refine": size > 1}, moments=True) for size in sizes)
-    yield from (Way("truncate 16", rank, {"method": "truncate", "rank": rank}) for rank in (1, 2))
-    yield from (Way("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (1, 2, 4))
+    yield Way("truncate 16", 1, {"method": "truncate", "rank": 1})
+    yield Way("truncate 8", 1, {"method": "truncate", "rank": 1, "width": 8})
     yield Way(PLAIN, sizes[0], {"bits": sizes[0]})
-    yield Way("loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9})
     if mode == "smoke":
         yield Way("pb_llm")
-    if mode != "full":
-        return
-    yield from (Way(PLAIN, size, {"bits": size}) for size in sizes[1:])
+    if mode == "full":
+        yield from _more()
+
+
+def _more() -> Iterator[Way]:
+    """What only the whole grid has."""
+    yield Way(DISTILLED, 0.5, {"bits": 0.5, "refine": False, "distill": DISTILL}, moments=True)
+    yield from (Way("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (2, 4))
+    yield Way("truncate 16", 2, {"method": "truncate", "rank": 2})
+    yield Way("loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9})
+    yield from (Way(PLAIN, size, {"bits": size}) for size in SIZES[1:])
     yield Way("waterfill refined", 0.5, {"bits": 0.5}, moments=True)
     yield Way("sign", "", {"method": "sign"})
     yield from (Way(name, high, {"method": name, "high": high}) for name in ("rtn", "gptq") for high in (2, 3))

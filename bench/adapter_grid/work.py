@@ -27,6 +27,7 @@ class Family(Protocol):
     """What is trained and judged the same way: decoders by the loss per token, encoders by the loss per row."""
 
     def source(self, task: str) -> Path: ...
+    def data(self, task: str, which: str) -> Path: ...
     def train(self, base: Path, setting: Setting, out: Path) -> None: ...
     def loss(self, base: Path, setting: Setting, adapter: Path | None) -> dict[str, Any]: ...
     def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]: ...
@@ -126,6 +127,9 @@ class Work:
             return loose(source, out, way, trained_values(source, setting))
         share = trained_values(source, setting) / read_adapter(source).values
         given = way.settings | ({"bits": way.settings["bits"] * share} if "bits" in way.settings else {})
+        if "distill" in given:
+            family = self.family(setting.task)
+            given |= {"base": self.base(setting), "data": family.data(setting.task, "train")}
         report = compress(source, out, moments=self._moments_of(setting) if way.moments else None, **given)
         bits = {"true_bits": report.true_bits / share, "payload_bits": report.payload_bits / share}
         return {**bits, "error": report.error, "weighed_error": report.weighed_error}

@@ -49,7 +49,7 @@ def input_moments(
     with weighed_inputs(model) as found:
         for example in examples[:rows]:
             losses, _ = target_losses(model, collate([example]))
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses.sum().backward()
     if not found:
         raise DataError(f"the loss on the first {rows} rows of {data} reaches no linear layer; give other rows.")
     return found
