@@ -42,8 +42,10 @@ inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.v); }
 inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Lanes x) { return _mm512_reduce_add_ps(x.v); }
+inline float half_value(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
 
 inline Lanes load_bytes(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
@@ -64,43 +66,43 @@ inline void store_halves(uint8_t* p, Lanes x) {
 
 template <int BITS>
 struct Table {
-  __m512 low, high;
+  __m512 values;
 
   explicit Table(const float* levels) {
-    if constexpr (BITS == 1) low = _mm512_set1_ps(levels[0]), high = _mm512_set1_ps(levels[1]);
-    if constexpr (BITS == 2) low = high = _mm512_broadcast_f32x4(_mm_loadu_ps(levels));
-    if constexpr (BITS == 3) {
-      low = _mm512_broadcast_f32x4(_mm_loadu_ps(levels));
-      high = _mm512_broadcast_f32x4(_mm_loadu_ps(levels + 4));
-    }
-    if constexpr (BITS == 4) low = high = _mm512_loadu_ps(levels);
+    alignas(64) float repeated[16];
+    for (int i = 0; i < 16; ++i) repeated[i] = levels[i & ((1 << BITS) - 1)];
+    values = _mm512_load_ps(repeated);
   }
 
-  // (level - zero) * scale + shift
-  void affine(const Table& bare, float zero, float scale, float shift) {
-    const __m512 z = _mm512_set1_ps(zero), s = _mm512_set1_ps(scale), t = _mm512_set1_ps(shift);
-    low = _mm512_fmadd_ps(_mm512_sub_ps(bare.low, z), s, t);
-    if constexpr (BITS == 1 || BITS == 3) high = _mm512_fmadd_ps(_mm512_sub_ps(bare.high, z), s, t);
-  }
+  Table minus(Lanes zero) const { return Table(_mm512_sub_ps(values, zero.v)); }
+  Table times(Lanes scale) const { return Table(_mm512_mul_ps(values, scale.v)); }
+
+ private:
+  explicit Table(__m512 values) : values(values) {}
 };
 
-// Values of the sixteen codes that begin at `codes`; 3 bits: two bits each there, the third at `plane`.
+inline __m512i every(const uint8_t* dword) { return _mm512_set1_epi32(static_cast<int>(load32(dword))); }
+inline __m512i shift(__m512i codes, __m512i by) { return _mm512_srlv_epi32(codes, by); }
+
+// The values of sixteen codes: those of number 16 * j and on, of the chunk at `codes`; 3 bits: two bits each there, the
+// third at `plane`.
 template <int BITS>
-inline Lanes look_up(const uint8_t* codes, const uint8_t* plane, const Table<BITS>& table) {
-  const __m512i by_twos = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i by_fours = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  if constexpr (BITS == 1) {
-    return {_mm512_mask_blend_ps(load16(codes), table.low, table.high)};
-  } else if constexpr (BITS == 4) {
-    const __m512i first = _mm512_set1_epi32(static_cast<int>(load32(codes)));
-    const __m512i both = _mm512_mask_set1_epi32(first, 0xff00, static_cast<int>(load32(codes + 4)));
-    return {_mm512_permutexvar_ps(_mm512_srlv_epi32(both, by_fours), table.low)};
-  } else {
-    const __m512i index = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(load32(codes))), by_twos);
-    const __m512 low = _mm512_permutexvar_ps(index, table.low);
-    if constexpr (BITS == 2) return {low};
-    return {_mm512_mask_permutexvar_ps(low, load16(plane), index, table.high)};
+inline __attribute__((always_inline)) Lanes look_up(const uint8_t* codes, const uint8_t* plane, int j, const Table<BITS>& table) {
+  const __m512i ones = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i half = _mm512_set1_epi32(j % 2 * 16);  // one bit each: a dword serves two pieces
+  __m512i index;
+  if constexpr (BITS == 1) index = shift(every(codes + j / 2 * 4), _mm512_add_epi32(ones, half));
+  if constexpr (BITS == 2 || BITS == 3) index = shift(every(codes + 4 * j), _mm512_slli_epi32(ones, 1));
+  if constexpr (BITS == 3) {
+    const __m512i two = _mm512_set1_epi32(2), low = _mm512_set1_epi32(3);
+    const __m512i third = _mm512_rorv_epi32(every(plane + j / 2 * 4), _mm512_sub_epi32(_mm512_add_epi32(ones, half), two));
+    index = _mm512_ternarylogic_epi32(low, index, third, 0xca);  // low ? index : third, bit by bit
   }
+  if constexpr (BITS == 4) {
+    const __m512i both = _mm512_mask_set1_epi32(every(codes + 8 * j), 0xff00, static_cast<int>(load32(codes + 8 * j + 4)));
+    index = shift(both, _mm512_slli_epi32(_mm512_and_si512(ones, _mm512_set1_epi32(7)), 2));
+  }
+  return {_mm512_permutexvar_ps(index, table.values)};
 }
 
 #elif defined(BL_HAS_avx2)
@@ -118,6 +120,7 @@ inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(
 inline void store(float* p, Lanes x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 inline Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline Lanes subtract(Lanes x, Lanes y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Lanes multiply(Lanes x, Lanes y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline Lanes fma(Lanes x, Lanes y, Lanes z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 
 inline float sum(Lanes x) {
@@ -126,6 +129,8 @@ inline float sum(Lanes x) {
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+
+inline float half_value(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
 
 inline __m256i eight_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -166,11 +171,11 @@ struct Table {
     if constexpr (BITS == 4) low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
   }
 
-  void affine(const Table& bare, float zero, float scale, float shift) {
-    const __m256 z = _mm256_set1_ps(zero), s = _mm256_set1_ps(scale), t = _mm256_set1_ps(shift);
-    low = _mm256_fmadd_ps(_mm256_sub_ps(bare.low, z), s, t);
-    high = _mm256_fmadd_ps(_mm256_sub_ps(bare.high, z), s, t);
-  }
+  Table minus(Lanes zero) const { return Table(_mm256_sub_ps(low, zero.a), _mm256_sub_ps(high, zero.a)); }
+  Table times(Lanes scale) const { return Table(_mm256_mul_ps(low, scale.a), _mm256_mul_ps(high, scale.a)); }
+
+ private:
+  Table(__m256 low, __m256 high) : low(low), high(high) {}
 };
 
 // `high` where bit `bit` of the index is set, else `low`; a blend reads the topmost bit of a lane.
@@ -200,8 +205,9 @@ inline __m256 eight(uint32_t codes, uint32_t plane, const Table<BITS>& table) {
 }
 
 template <int BITS>
-inline Lanes look_up(const uint8_t* codes, const uint8_t* plane, const Table<BITS>& table) {
-  const uint32_t third = BITS == 3 ? load16(plane) : 0;
+inline Lanes look_up(const uint8_t* codes, const uint8_t* plane, int j, const Table<BITS>& table) {
+  const uint32_t third = BITS == 3 ? load16(plane + 2 * j) : 0;
+  codes += 2 * (BITS == 3 ? 2 : BITS) * j;
   if constexpr (BITS == 4) return {eight<4>(load32(codes), 0, table), eight<4>(load32(codes + 4), 0, table)};
   const uint32_t bits = BITS == 1 ? load16(codes) : load32(codes);
   return {eight<BITS>(bits, third, table), eight<BITS>(bits >> (BITS == 1 ? 8 : 16), third >> 8, table)};
@@ -257,6 +263,7 @@ inline Lanes load(const float* p) { return each([=](int i) { return p[i]; }); }
 inline void store(float* p, const Lanes& x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Lanes add(const Lanes& a, const Lanes& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
 inline Lanes subtract(const Lanes& a, const Lanes& b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
+inline Lanes multiply(const Lanes& a, const Lanes& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
 inline Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 inline Lanes load_bytes(const uint8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
 inline Lanes load_halves(const uint8_t* p) { return each([=](int i) { return half_value(load16(p + 2 * i)); }); }
@@ -277,17 +284,25 @@ inline float sum(Lanes x) {
 
 template <int BITS>
 struct Table {
-  float v[16];
+  float v[1 << BITS];
 
-  explicit Table(const float* levels) { std::memcpy(v, levels, sizeof(float) << BITS); }
+  explicit Table(const float* levels) { std::memcpy(v, levels, sizeof v); }
 
-  void affine(const Table& bare, float zero, float scale, float shift) {
-    for (int i = 0; i < 1 << BITS; ++i) v[i] = (bare.v[i] - zero) * scale + shift;
+  Table minus(const Lanes& zero) const { return each([&](float level) { return level - zero.v[0]; }); }
+  Table times(const Lanes& scale) const { return each([&](float level) { return level * scale.v[0]; }); }
+
+ private:
+  template <class F>
+  Table each(F value) const {
+    Table out(*this);
+    for (float& level : out.v) level = value(level);
+    return out;
   }
 };
 
 template <int BITS>
-inline Lanes look_up(const uint8_t* codes, const uint8_t* plane, const Table<BITS>& table) {
+inline Lanes look_up(const uint8_t* codes, const uint8_t* plane, int j, const Table<BITS>& table) {
+  codes += 2 * (BITS == 3 ? 2 : BITS) * j, plane += 2 * j;
   if constexpr (BITS == 3)
     return each([&](int i) { return table.v[(codes[i / 4] >> 2 * (i % 4) & 3) | (plane[i / 8] >> i % 8 & 1) << 2]; });
   constexpr int PER_BYTE = 8 / BITS;
