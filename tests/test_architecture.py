@@ -34,7 +34,7 @@ LAYERS = (
     ("modules",),
     ("integrations",),
     ("stream",),
-    ("calibrate", "tasks", "report", "card"),
+    ("calibrate", "tasks", "report", "card", "roofline"),
     ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts"),
     ("widths", "bulk"),
     ("quantize",),
