@@ -41,17 +41,20 @@ int check_factor(const bl_factor& factor, int64_t rows, int64_t columns) {
   return 0;
 }
 
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct Cost {
   int64_t components = 0;  // the most in one block
   int64_t products = 0;    // per row
 };
 
 int check_blocks(const bl_blocks& blocks, int64_t columns, int64_t out_columns, Cost& cost) {
-  if (blocks.count < 0 || (blocks.count > 0 && blocks.block == nullptr)) return fail("the blocks of an adapter are missing.");
+  if (blocks.count < 0 || (blocks.count > 0 && blocks.block == nullptr))
+    return fail("the blocks of an adapter are missing.");
   for (int64_t b = 0; b < blocks.count; ++b) {
     const bl_block& block = blocks.block[b];
     if (check_factor(block.a, block.a.rows, columns) || check_factor(block.bt, block.a.rows, out_columns)) return -1;
-    if (block.a.rows > cost.components) cost.components = block.a.rows;
+    cost.components = larger(cost.components, block.a.rows);
     cost.products += block.a.rows * (columns + out_columns);
   }
   return 0;
@@ -81,7 +84,8 @@ int check_segments(const bl_segments* segments, int64_t rows) {
 // The tiles of all segments, numbered through.
 class Tiles {
  public:
-  explicit Tiles(const bl_segments& segments) : segments_(segments), first_(new (std::nothrow) int64_t[static_cast<size_t>(segments.count) + 1]) {
+  explicit Tiles(const bl_segments& segments)
+      : segments_(segments), first_(new (std::nothrow) int64_t[static_cast<size_t>(segments.count) + 1]) {
     if (!first_) return;
     first_[0] = 0;
     for (int64_t s = 0; s < segments.count; ++s) first_[s + 1] = first_[s] + (rows_of(s) + LORA_ROWS - 1) / LORA_ROWS;
@@ -131,6 +135,60 @@ float* buffer(size_t floats) {
   return held.get();
 }
 
+// A call after its checks: what a thread needs to compute any tile of any matrix.
+struct Call {
+  const void* x;
+  int32_t dtype;
+  int64_t columns, stride;
+  const bl_segments* segments;
+  const bl_lora* matrices;
+  int64_t count;
+  Cost most;       // components of any block; products of the whole call
+  int64_t widest;  // output
+
+  int64_t wide_x() const { return padded(columns) * LORA_ROWS; }
+  int64_t wide_out() const { return padded(widest) * LORA_ROWS; }
+  size_t floats() const {
+    return static_cast<size_t>(wide_x() + wide_out() + most.components * (2 * LORA_ROWS + 1));
+  }
+
+  void tile(const Kernels& table, const Tiles& tiles, int64_t number, const bl_lora& matrix, float* memory) const {
+    const int64_t s = tiles.segment_of(number);
+    int64_t rows[LORA_ROWS];
+    LoraTile piece{};
+    piece.rows = tiles.rows(number, s, rows);
+    for (int r = 0; r < piece.rows; ++r) {
+      piece.x[r] = static_cast<const char*>(x) + rows[r] * stride * size_of(dtype);
+      piece.out[r] = static_cast<char*>(matrix.out) + rows[r] * matrix.out_stride * size_of(matrix.out_dtype);
+    }
+    piece.x_dtype = dtype, piece.out_dtype = matrix.out_dtype;
+    piece.columns = columns, piece.out_columns = matrix.columns;
+    piece.accumulate = matrix.accumulate != 0;
+    piece.shared = &matrix.shared, piece.own = &matrix.own[s];
+    piece.wide_x = memory, piece.wide_out = memory + wide_x(), piece.products = memory + wide_x() + wide_out();
+    table.lora_tile(piece);
+  }
+};
+
+// 0, or -1 after fail(); learns what the matrix needs.
+int check_matrix(Call& call, const bl_lora& matrix, const Tiles& tiles, int64_t rows) {
+  if (matrix.columns < 0 || matrix.out_stride < matrix.columns || !known(matrix.out_dtype) ||
+      (rows * matrix.columns > 0 && matrix.out == nullptr) || (call.segments->count > 0 && matrix.own == nullptr))
+    return fail("an output of multi_lora has rows of %lld values, %lld apart.", (long long)matrix.columns,
+                (long long)matrix.out_stride);
+  Cost shared;
+  if (check_blocks(matrix.shared, call.columns, matrix.columns, shared)) return -1;
+  call.most.components = larger(call.most.components, shared.components);
+  for (int64_t s = 0; s < call.segments->count; ++s) {
+    Cost own;
+    if (check_blocks(matrix.own[s], call.columns, matrix.columns, own)) return -1;
+    call.most.components = larger(call.most.components, own.components);
+    call.most.products += tiles.rows_of(s) * (shared.products + own.products);
+  }
+  call.widest = larger(call.widest, matrix.columns);
+  return 0;
+}
+
 }  // namespace
 }  // namespace bl
 
@@ -140,52 +198,23 @@ extern "C" int bl_multi_lora(const void* x, int32_t dtype, int64_t rows, int64_t
   const Kernels* table = kernels();
   if (table == nullptr) return -1;
   if (rows < 0 || columns < 0 || stride < columns || !known(dtype) || (rows * columns > 0 && x == nullptr))
-    return fail("the input of multi_lora has %lld rows of %lld values, %lld apart.", (long long)rows, (long long)columns, (long long)stride);
-  if (check_segments(segments, rows) || (count > 0 && matrices == nullptr)) return -1;
+    return fail("the input of multi_lora has %lld rows of %lld values, %lld apart.", (long long)rows,
+                (long long)columns, (long long)stride);
+  if (check_segments(segments, rows)) return -1;
+  if (count < 0 || (count > 0 && matrices == nullptr)) return fail("the matrices of multi_lora are missing.");
   const Tiles tiles(*segments);
   if (!tiles.made()) return fail("no memory is left for %lld segments.", (long long)segments->count);
-  Cost most;
-  int64_t widest = 0, products = 0;
-  for (int64_t m = 0; m < count; ++m) {
-    const bl_lora& matrix = matrices[m];
-    if (matrix.columns < 0 || matrix.out_stride < matrix.columns || !known(matrix.out_dtype) || matrix.out == nullptr || (segments->count > 0 && matrix.own == nullptr))
-      return fail("output %lld of multi_lora has rows of %lld values, %lld apart.", (long long)m, (long long)matrix.columns, (long long)matrix.out_stride);
-    Cost shared;
-    if (check_blocks(matrix.shared, columns, matrix.columns, shared)) return -1;
-    if (shared.components > most.components) most.components = shared.components;
-    for (int64_t s = 0; s < segments->count; ++s) {
-      Cost own;
-      if (check_blocks(matrix.own[s], columns, matrix.columns, own)) return -1;
-      if (own.components > most.components) most.components = own.components;
-      products += tiles.rows_of(s) * (shared.products + own.products);
-    }
-    if (matrix.columns > widest) widest = matrix.columns;
-  }
-  const int64_t wide_x = padded(columns) * LORA_ROWS, wide_out = padded(widest) * LORA_ROWS;
-  const size_t floats = static_cast<size_t>(wide_x + wide_out + most.components * (2 * LORA_ROWS + 1));
+  Call call{x, dtype, columns, stride, segments, matrices, count, {}, 0};
+  for (int64_t m = 0; m < count; ++m)
+    if (check_matrix(call, matrices[m], tiles, rows)) return -1;
   const int64_t pieces = tiles.count() * count;
   std::atomic<bool> short_of_memory{false};
   Stage stage;
-  run(products < WORTH_A_THREAD || pieces < 2 ? 1 : threads, [&] {
-    float* const memory = buffer(floats);
+  run(call.most.products < WORTH_A_THREAD || pieces < 2 ? 1 : threads, [&] {
+    float* const memory = buffer(call.floats());
     if (memory == nullptr) short_of_memory = true;
     stage.share(pieces, [&](int64_t i) {
-      if (memory == nullptr) return;
-      const bl_lora& matrix = matrices[i % count];
-      const int64_t tile = i / count, s = tiles.segment_of(tile);
-      int64_t numbers[LORA_ROWS];
-      LoraTile piece{};
-      piece.rows = tiles.rows(tile, s, numbers);
-      for (int r = 0; r < piece.rows; ++r) {
-        piece.x[r] = static_cast<const char*>(x) + numbers[r] * stride * size_of(dtype);
-        piece.out[r] = static_cast<char*>(matrix.out) + numbers[r] * matrix.out_stride * size_of(matrix.out_dtype);
-      }
-      piece.x_dtype = dtype, piece.out_dtype = matrix.out_dtype;
-      piece.columns = columns, piece.out_columns = matrix.columns;
-      piece.accumulate = matrix.accumulate != 0;
-      piece.shared = &matrix.shared, piece.own = &matrix.own[s];
-      piece.wide_x = memory, piece.wide_out = memory + wide_x, piece.products = memory + wide_x + wide_out;
-      table->lora_tile(piece);
+      if (memory != nullptr) call.tile(*table, tiles, i / count, matrices[i % count], memory);
     });
   });
   return short_of_memory ? fail("no memory is left for a row of %lld values.", (long long)columns) : 0;
