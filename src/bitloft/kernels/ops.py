@@ -9,15 +9,15 @@
 What they compute is defined in ``plain`` and nowhere else; ``explain`` says which implementation runs, and why.
 """
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitloft.formats import Format
+from bitloft.kernels import cpu_dequantize, cpu_encode, plain
 from bitloft.kernels.cpu import explain
-from bitloft.kernels.plain import (
-    decode,
-    decode_columns,
-    decode_rows,
-    encode,
-    packed_linear,
-    packed_linear_grad_input,
-)
+from bitloft.kernels.plain import decode_columns, packed_linear, packed_linear_grad_input
+from bitloft.packed import PackedTensor
 
 __all__ = [
     "decode",
@@ -28,3 +28,27 @@ __all__ = [
     "packed_linear",
     "packed_linear_grad_input",
 ]
+
+
+def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
+    """Quantize ``x``; see ``encoding.encode``, whose bytes the native encoder gives."""
+    fmt = Format.parse(fmt)
+    if cpu_encode.takes(x, fmt):
+        return cpu_encode.encode(x, fmt, ranges)
+    return plain.encode(x, fmt, ranges=ranges)
+
+
+def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
+    if cpu_dequantize.takes(packed, dtype):
+        return cpu_dequantize.decode(packed, dtype)
+    return plain.decode(packed, dtype)
+
+
+def decode_rows(
+    packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "some columns"]:
+    """The values of some rows of a matrix, by number (an embedding); see ``plain.decode_rows``."""
+    if cpu_dequantize.takes(packed, dtype):
+        return cpu_dequantize.decode_rows(packed, rows, dtype)
+    return plain.decode_rows(packed, rows, dtype)

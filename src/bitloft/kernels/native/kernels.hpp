@@ -11,8 +11,35 @@
 
 namespace bl {
 
+struct Block;
+struct Finish;
+struct LoraTile;
+struct Preparation;
+struct Product;
+struct GroupTile;
+struct Halves;
+struct ScaleBlock;
+struct DequantizeRow;
+struct Attention;
+
 struct Kernels {
   const char* name;
+  bool pairs;  // multiplies bfloat16 pairs
+  void (*gather)(const Block&, uint32_t* words);
+  void (*arrange)(const Block&, uint8_t* codes, uint16_t* scales, bool back);
+  void (*turn_scales)(const Block&, bool arranged, float* scales, float* offsets);
+  void (*read_levels)(const bl_matrix&, float* levels);
+  void (*prepare)(const Preparation&);
+  void (*product)(const Product&);
+  void (*finish)(const Finish&);
+  void (*lora_tile)(const LoraTile&);
+  void (*encode_groups)(GroupTile&);
+  void (*encode_halves)(const Halves&);
+  void (*encode_scale_block)(const ScaleBlock&);
+  void (*dequantize_row)(const DequantizeRow&);
+  void (*attend)(const Attention&);
+  void (*add_and_norm)(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
+  void (*gate)(float* gate, const float* up, int64_t width);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;
