@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.kernels import gpu, plain
+from bitloft.kernels.lora import Segment, Start, multi_lora_plain
 from bitloft.packed import PackedTensor
 
 if importlib.util.find_spec("triton") is None:
@@ -97,6 +98,32 @@ def test_a_row_does_not_depend_on_its_neighbours_where_rows_are_few() -> None:
     weight, x = packed("lm2:64", 48, 192), torch.randn(4, 192, device=DEVICE)
     together = gpu.packed_linear(x, weight)
     assert torch.equal(together, torch.cat([gpu.packed_linear(row[None], weight) for row in x]))
+
+
+BLOCKS = ("lm2:64", "lm3:row", "sign:unit", "half:unit", "uniform4:64", "int8:row", "lm4:64+dq", "lm2:64+shift", "")
+
+
+def factor(fmt: str, rows: int, columns: int) -> PackedTensor | Tensor:
+    return packed(fmt, rows, columns, 1.0) if fmt else torch.randn(rows, columns, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [(), (3,)])
+def test_multi_lora_is_the_definition(dtype: torch.dtype, length: tuple[int, ...]) -> None:
+    """Segments of different formats and ranks, several blocks each; a start; rows of nobody; tokens of a sequence."""
+    columns, features = 100, 72
+    many = Segment((4, 1), tuple((factor(f, 3, columns), factor(f, 3, features)) for f in BLOCKS))
+    wide = Segment((0,), ((factor("lm2:64", 20, columns), factor("lm4:row", 20, features)),))
+    start = Start(packed("lm4:64", 16, columns), packed("lm4:64", 16, features), 0.5)
+    x = torch.randn(5, *length, columns, device=DEVICE).to(dtype)
+    for segments in ([many, wide], [wide], []):
+        for shared in (start, None):
+            found = gpu.multi_lora(x, segments, features, shared)
+            close(found, multi_lora_plain(x, segments, features, shared))
+
+
+def test_multi_lora_of_no_rows() -> None:
+    assert gpu.multi_lora(torch.zeros(0, 64, device=DEVICE), [], 8).shape == (0, 8)
 
 
 def test_wrong_widths_are_refused() -> None:

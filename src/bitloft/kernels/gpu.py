@@ -7,7 +7,9 @@ Block sizes are plain powers of two, not tuned: no GPU was at hand, the kernels 
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, Format
 from bitloft.kernels.plain import levels_of
 from bitloft.packed import PackedTensor
+
+Factor = PackedTensor | Tensor  # components as rows, [k, width]
 
 FEW = 4  # rows up to which one program sums a whole output; beyond, tiles go through the matrix units
 BLOCK = {"BR": 16, "BC": 128}
@@ -68,6 +72,71 @@ def packed_linear_grad_input(
 ) -> Float[Tensor, "*batch columns"]:
     """dx = grad @ decode(weight), in the dtype of ``grad``. Raises KernelError on a wrong width."""
     return _product(grad, weight, transposed=True)
+
+
+def multi_lora(
+    x: Float[Tensor, "batch *length columns"],
+    segments: Sequence[tuple[Sequence[int], Sequence[tuple[Factor, Factor]]]],
+    features: int,
+    start: tuple[PackedTensor, PackedTensor, float] | None = None,
+) -> Float[Tensor, "batch *length features"]:
+    """The deltas of all rows in float32, as ``lora.multi_lora_plain`` defines them, in two launches for all blocks.
+
+    One program a row: made for the few tokens of a decoding step. A prompt is right but slow.
+    """
+    rows = x.shape[0]
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.zeros(flat.shape[0], features, device=x.device)
+    blocks = [(a, bt, 1.0) for _, pairs in segments for a, bt in pairs]
+    lists = [[] if start is None else [len(blocks)] for _ in range(rows)]
+    first = 0
+    for numbers, pairs in segments:
+        for row in numbers:
+            lists[row] += range(first, first + len(pairs))
+        first += len(pairs)
+    if start is not None:
+        blocks.append(start)
+    if any(lists) and y.numel():
+        repeat = flat.shape[0] // rows
+        _launch_lora(flat, y, blocks, [found for found in lists for _ in range(repeat)])
+    return y.view(*x.shape[:-1], features)
+
+
+def _launch_lora(
+    x: Tensor, y: Tensor, blocks: Sequence[tuple[Factor, Factor, float]], lists: Sequence[Sequence[int]]
+) -> None:
+    """Describe the blocks to the kernels and run both; ``lists`` has the blocks of each row."""
+    device, features = x.device, y.shape[1]
+    held = [[_described(a), _described(bt)] for a, bt, _ in blocks]  # keeps converted factors alive until the end
+    table = [[*a[0], *bt[0], a[1].shape[0]] for a, bt in held]
+    sizes = [row[-1] for row in table]
+    places = [list(accumulate((sizes[b] for b in found), initial=0)) for found in lists]
+    most = max(max(found) for found in places)
+    counts = list(accumulate(map(len, lists), initial=0))
+    described = torch.tensor(table, dtype=torch.int64, device=device)
+    flat, begin, offsets = (
+        torch.tensor(values, dtype=torch.int32, device=device)
+        for values in ([b for found in lists for b in found], counts, [p for found in places for p in found[:-1]])
+    )
+    scalings = torch.tensor([scaling for _, _, scaling in blocks], dtype=torch.float32, device=device)
+    t = torch.empty(x.shape[0], most, device=device)
+    kernels, grid = _kernels(), (x.shape[0], max(map(len, lists)))
+    kernels.lora_down[grid](described, flat, begin, offsets, scalings, x, t, x.shape[1], most, **BLOCK)
+    grid = (x.shape[0], _blocks(features, BLOCK["BC"]))
+    kernels.lora_up[grid](described, flat, begin, offsets, t, y, features, most, **BLOCK)
+
+
+def _described(factor: Factor) -> tuple[list[int], Factor | Tensor]:
+    """The sixteen numbers that ``gpu_kernels._factor`` reads, and the factor whose addresses are among them."""
+    if isinstance(factor, PackedTensor):
+        facts = _facts(factor.format, factor.shape[-1])
+        names = ("row_bytes", "width", "group", "groups", "bits")
+        scales = facts["scaled"] + facts["dq"]
+        tail = [*(facts[name] for name in names), scales, facts["zero_bits"], facts["shifted"]]
+        return [*(part.data_ptr() for part in _parts(factor)), *map(int, tail)], factor
+    plain = factor.float().contiguous()
+    columns = plain.shape[1]
+    return [*[plain.data_ptr()] * 8, 4 * columns, columns, columns, 0, 32, 0, 0, 0], plain
 
 
 def _product(x: Tensor, weight: PackedTensor, *, transposed: bool) -> Tensor:

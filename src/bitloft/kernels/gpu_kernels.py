@@ -22,12 +22,14 @@ def _values(
     """Values [rows, columns] in float32 at ``row`` [rows] and ``column`` [columns]; 0 where not ``inside``."""
     r, c = row[:, None].to(tl.int64), column[None, :]
     at = codes + r * row_bytes
-    wide, planes = bits == 16, bits == 3  # fp16 values; a plane of two bits and one of one bit
+    planes = bits == 3  # a plane of two bits and one of one bit
     narrow = 2 if planes else bits
-    if wide:
+    if bits == 32:  # plain float32
+        value = tl.load((at + 4 * c).to(tl.pointer_type(tl.float32)), inside, 0.0)
+    elif bits == 16:  # fp16, at any byte
         pattern = tl.load(at + 2 * c, inside, 0).to(tl.int32) | tl.load(at + 2 * c + 1, inside, 0).to(tl.int32) << 8
         value = pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
+    else:  # codes of a level table
         code = tl.load(at + c * narrow // 8, inside, 0).to(tl.int32) >> (c * narrow % 8) & ((1 << narrow) - 1)
         if planes:
             code |= (tl.load(at + width // 4 + c // 8, inside, 0).to(tl.int32) >> (c % 8) & 1) << 2
@@ -134,3 +136,60 @@ def many(
         total += tl.dot(given, tile if transposed else tl.trans(tile), input_precision="ieee")
     at = y + n[:, None].to(tl.int64) * outer + o[None, :]
     tl.store(at, total.to(y.dtype.element_ty), (n < count)[:, None] & (o < outer)[None, :])
+
+
+# multi_lora: one row of ``table`` for each block, FACTOR numbers for A, as many for Bt, then its components
+FACTOR: tl.constexpr = tl.constexpr(16)
+BLOCK: tl.constexpr = tl.constexpr(2 * 16 + 1)
+
+
+@no_type_check
+@triton.jit
+def _factor(at, row, column, inside):
+    """Values of one factor, as the sixteen numbers from ``at`` describe it."""
+    scales = tl.load(at + 13)  # 0: none, 1: fp16, 2: double quantized
+    return _values(
+        tl.load(at).to(tl.pointer_type(tl.uint8)), tl.load(at + 1).to(tl.pointer_type(tl.int16)),
+        tl.load(at + 2).to(tl.pointer_type(tl.int32)), tl.load(at + 3).to(tl.pointer_type(tl.uint8)),
+        tl.load(at + 4).to(tl.pointer_type(tl.int16)), tl.load(at + 5).to(tl.pointer_type(tl.float32)),
+        tl.load(at + 6).to(tl.pointer_type(tl.int16)), tl.load(at + 7).to(tl.pointer_type(tl.int16)),
+        row, column, inside, tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11), tl.load(at + 12),
+        scales > 0, False, scales > 1, tl.load(at + 14), tl.load(at + 15) > 0,
+    )  # fmt: skip
+
+
+@no_type_check
+@triton.jit
+def lora_down(table, lists, begin, places, scalings, x, t, columns, most, BR: tl.constexpr, BC: tl.constexpr):
+    """t[n, place .. ] = scaling * (A @ x[n]) for every block of row n; a program has one row and one of its blocks."""
+    n, i = tl.program_id(0), tl.load(begin + tl.program_id(0)) + tl.program_id(1)
+    if i < tl.load(begin + n + 1):
+        block = tl.load(lists + i)
+        at = table + block * BLOCK
+        components, scaling = tl.load(at + 2 * FACTOR), tl.load(scalings + block)
+        for k in range(0, components, BR):
+            row = k + tl.arange(0, BR)
+            total = tl.zeros([BR], tl.float32)
+            for first in range(0, columns, BC):
+                column = first + tl.arange(0, BC)
+                inside = (row < components)[:, None] & (column < columns)[None, :]
+                given = tl.load(x + n * columns + column, column < columns, 0.0).to(tl.float32)
+                total += tl.sum(_factor(at, row, column, inside) * given[None, :], axis=1)
+            tl.store(t + n * most + tl.load(places + i) + row, total * scaling, row < components)
+
+
+@no_type_check
+@triton.jit
+def lora_up(table, lists, begin, places, t, y, features, most, BR: tl.constexpr, BC: tl.constexpr):
+    """y[n] = sum over the blocks of row n of t @ Bt, in the order of its list; a program has one row and BC outputs."""
+    n, column = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    total = tl.zeros([BC], tl.float32)
+    for i in range(tl.load(begin + n), tl.load(begin + n + 1)):
+        at = table + tl.load(lists + i) * BLOCK
+        components = tl.load(at + 2 * FACTOR)
+        for k in range(0, components, BR):
+            row = k + tl.arange(0, BR)
+            inside = (row < components)[:, None] & (column < features)[None, :]
+            weight = tl.load(t + n * most + tl.load(places + i) + row, row < components, 0.0)
+            total += tl.sum(_factor(at + FACTOR, row, column, inside) * weight[:, None], axis=0)
+    tl.store(y + n * features + column, total, column < features)
