@@ -5,7 +5,8 @@ matrix for scales and shifts. Other dtypes than float32, bfloat16 and float16 ar
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_void_p
+import math
+from ctypes import POINTER, byref, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -38,6 +39,21 @@ def decode_rows(packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.d
     return out
 
 
+def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, out: Tensor | None) -> float:
+    """See ``plain.residual``; the squares are summed in double."""
+    total = c_double()
+    to = None if out is None else out.data_ptr()
+    cpu.done(_residual()(byref(cpu.matrix(packed)), x.data_ptr(), x.numel(), to, byref(total), cpu.threads()))
+    return math.sqrt(total.value)
+
+
+def takes_residual(x: Tensor, packed: PackedTensor, out: Tensor | None) -> bool:
+    """Whether the native library takes these: float32 on the CPU, contiguous."""
+    given = (x,) if out is None else (x, out)
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in given)
+    return plain and cpu.takes(packed)
+
+
 def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> None:
     index = None if rows is None else rows.data_ptr()
     call, kind = _function(), cpu.DTYPES[out.dtype]
@@ -49,9 +65,20 @@ def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> 
 
 @cache
 def _function() -> "ctypes._NamedFuncPointer":
+    call = _library().bl_dequantize
+    call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int)
+    return call
+
+
+@cache
+def _residual() -> "ctypes._NamedFuncPointer":
+    call = _library().bl_residual
+    call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, POINTER(c_double), c_int)
+    return call
+
+
+def _library() -> ctypes.CDLL:
     native = cpu.library()
     if native is None:
         raise KernelError("dequantize has no native library here; use the plain definition.")
-    call = native.bl_dequantize
-    call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int)
-    return call
+    return native

@@ -154,10 +154,11 @@ def _encode_tensor(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], 
 
 
 def tensor_range(rows: Float[Tensor, "rows columns"], top: int) -> tuple[Float[Tensor, "1 1"], Float[Tensor, "1 1"]]:
-    """Lower end and step of ``top`` steps over mean +- 2 std; sums in double, so their order hardly ever shows."""
-    mean = (rows.sum(1, dtype=torch.float64).sum() / rows.numel()).float()
-    square = (rows - mean).square_().sum(1, dtype=torch.float64).sum() / rows.numel()
-    spread = 2 * square.sqrt().float()
+    """Lower end and step of ``top`` steps over mean +- 2 std, from the moments of each row."""
+    variances, means = (moment.double() for moment in torch.var_mean(rows, dim=1, correction=0))
+    mean = means.mean()
+    spread = 2 * (variances.mean() + (means - mean).square().mean()).sqrt().float()
+    mean = mean.float()
     return (mean - spread).reshape(1, 1), (2 * spread / top).reshape(1, 1)
 
 

@@ -3,6 +3,7 @@
 ``encode``         x -> PackedTensor (groups along the last axis)
 ``decode``         PackedTensor -> values
 ``decode_rows``    the same, for some rows of a matrix; ``decode_columns`` for some columns
+``residual``       x - decode(W), or only its norm, in one pass
 ``packed_linear``  y[n, out] = sum_in x[n, in] * decode(W)[out, in]
 ``packed_linear_grad_input``  dx[n, in] = sum_out dy[n, out] * decode(W)[out, in]
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bitloft.errors import KernelError
 from bitloft.formats import Format
 from bitloft.kernels import cpu_dequantize, cpu_encode, plain
 from bitloft.kernels.cpu import explain
@@ -27,6 +29,7 @@ __all__ = [
     "explain",
     "packed_linear",
     "packed_linear_grad_input",
+    "residual",
 ]
 
 
@@ -52,3 +55,15 @@ def decode_rows(
     if cpu_dequantize.takes(packed, dtype):
         return cpu_dequantize.decode_rows(packed, rows, dtype)
     return plain.decode_rows(packed, rows, dtype)
+
+
+def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, *, out: Tensor | None = None) -> float:
+    """|x - decode(packed)|, the difference written to ``out`` (float32, maybe ``x`` itself) where that is given.
+
+    One pass over ``x`` and the codes, nothing dequantized to memory. Raises KernelError where shapes differ.
+    """
+    if x.shape != packed.shape or (out is not None and out.shape != packed.shape):
+        raise KernelError(f"the residual of a tensor of shape {tuple(x.shape)} and one packed as {packed.shape}.")
+    if cpu_dequantize.takes_residual(x, packed, out):
+        return cpu_dequantize.residual(x, packed, out)
+    return plain.residual(x, packed, out)

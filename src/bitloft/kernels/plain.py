@@ -35,6 +35,7 @@ __all__ = [
     "encode",
     "packed_linear",
     "packed_linear_grad_input",
+    "residual",
     "tiles",
 ]
 
@@ -118,6 +119,12 @@ def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[
     if packed.shifts is not None:
         grouped += unpack_halves(rows_of(packed.shifts, rows), packed.exponent, dtype).unsqueeze(-1)
     return values
+
+
+def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, out: Tensor | None) -> float:
+    """The norm of x - decode(packed), which is written to ``out`` where that is given."""
+    difference = torch.sub(x, decode(packed), out=out)
+    return float(torch.linalg.vector_norm(difference, dtype=torch.float64))
 
 
 def levels_of(packed: PackedTensor) -> tuple[float, ...]:

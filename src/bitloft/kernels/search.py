@@ -163,8 +163,8 @@ def _uniform_searched(x: Float[Tensor, "groups size"], bits: int) -> Found:
 def _two_level_scale(x: Tensor, mask: Tensor | None, levels: tuple[float, ...]) -> Float[Tensor, "groups 1"]:
     """The best scale over every split of the magnitudes into the low level a and the high level b.
 
-    With the k largest at b: s = (a*total + (b-a)*high) / (n_low*a^2 + n_high*b^2), where ``high`` is the sum of those k,
-    and the error falls by the square of the numerator over the denominator. Nearest rounding at that scale can only
+    With the k largest at b: s = (a*total + (b-a)*high) / (n_low*a^2 + n_high*b^2), where ``high`` is the sum of those
+    k, and the error falls by the square of the numerator over the denominator. Nearest rounding at that scale can only
     lower the error further.
     """
     a, b = torch.tensor(levels[2:], device=x.device)

@@ -92,6 +92,10 @@ BL_API int bl_encode(const float *x, int64_t values, const bl_matrix *out, int r
 BL_API int bl_dequantize(const bl_matrix *matrix, const int64_t *rows, int64_t count, void *out, int64_t out_bytes,
                          int32_t dtype, int threads);
 
+/* x minus the matrix, `values` float32 each: written to `out` unless that is NULL (it may be x), and the sum of the
+ * squares to `square`. The sum does not depend on `threads`. */
+BL_API int bl_residual(const bl_matrix *matrix, const float *x, int64_t values, float *out, double *square, int threads);
+
 /* ---- products with packed matrices (linear.cpp) --------------------------------------------------------------------- */
 
 /* Activations [rows, columns], rows `stride` values apart. */

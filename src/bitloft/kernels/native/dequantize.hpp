@@ -15,4 +15,14 @@ struct DequantizeRow {
   void* out;  // matrix->columns numbers
 };
 
+// x - row, without the row itself being written.
+struct ResidualRow {
+  const bl_matrix* matrix;
+  const float* levels;
+  int64_t row;
+  const float* x;
+  float* out;      // matrix->columns numbers, or nullptr: only the sum is wanted; may be x
+  double* square;  // the sum of their squares is written
+};
+
 }  // namespace bl

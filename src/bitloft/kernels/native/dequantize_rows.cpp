@@ -18,12 +18,53 @@ inline Lanes rounded_to(Lanes x) {
   return store_halves(bytes, x), load_halves(bytes);
 }
 
+// Where sixteen numbers of a row go, those from column j on: to memory in a dtype,
 template <int DTYPE>
-inline void store_as(uint8_t* p, Lanes x) {
-  if constexpr (DTYPE == BL_F32) store(reinterpret_cast<float*>(p), x);
-  if constexpr (DTYPE == BL_BF16) store_brains(p, x);
-  if constexpr (DTYPE == BL_F16) store_halves(p, x);
-}
+struct Store {
+  static constexpr int dtype = DTYPE;
+  uint8_t* out;
+
+  void put(int64_t j, Lanes x) const {
+    if constexpr (DTYPE == BL_F32) store(reinterpret_cast<float*>(out) + j, x);
+    if constexpr (DTYPE == BL_BF16) store_brains(out + 2 * j, x);
+    if constexpr (DTYPE == BL_F16) store_halves(out + 2 * j, x);
+  }
+
+  void put_some(int64_t j, int64_t count, Lanes x) const {
+    alignas(64) uint8_t copy[64];
+    constexpr int SIZE = DTYPE == BL_F32 ? 4 : 2;
+    Store{copy}.put(0, x);
+    std::memcpy(out + j * SIZE, copy, static_cast<size_t>(count * SIZE));
+  }
+};
+
+// or off a row of x, whose rest is kept and its squares summed.
+struct Residual {
+  static constexpr int dtype = BL_F32;
+  const float* x;
+  float* out;
+  Lanes squares = none();
+
+  Lanes rest(Lanes from, Lanes value) {
+    const Lanes left = subtract(from, value);
+    squares = add(squares, multiply(left, left));
+    return left;
+  }
+
+  void put(int64_t j, Lanes value) {
+    const Lanes left = rest(load(x + j), value);
+    if (out != nullptr) store(out + j, left);
+  }
+
+  void put_some(int64_t j, int64_t count, Lanes value) {
+    alignas(64) float from[16] = {}, kept[16] = {};
+    std::memcpy(from, x + j, static_cast<size_t>(count) * sizeof(float));
+    store(kept, value);
+    for (int64_t i = count; i < 16; ++i) kept[i] = 0.0f;
+    store(kept, rest(load(from), load(kept)));
+    if (out != nullptr) std::memcpy(out + j, kept, static_cast<size_t>(count) * sizeof(float));
+  }
+};
 
 // Scale, zero point and shift of one group of one row.
 struct Group {
@@ -33,8 +74,8 @@ struct Group {
 
 class Groups {
  public:
-  explicit Groups(const DequantizeRow& job)
-      : m_(*job.matrix), row_(job.row), unit_(m_.groups > 0 ? __builtin_ldexpf(1.0f, *m_.exponent) : 1.0f) {}
+  Groups(const bl_matrix& m, int64_t row)
+      : m_(m), row_(row), unit_(m_.groups > 0 ? __builtin_ldexpf(1.0f, *m_.exponent) : 1.0f) {}
 
   Group at(int64_t g) const {
     const bool whole = (m_.flags & BL_TENSOR) != 0;
@@ -73,17 +114,15 @@ inline Lanes affine(Lanes level, const Group& group) {
 }
 
 // Sixteen columns at a time; the end of a row goes by way of a copy, so nothing outside it is read or written.
-template <int BITS, int DTYPE>
-void dequantize_bits(const DequantizeRow& job) {
-  constexpr int SIZE = DTYPE == BL_F32 ? 4 : 2;
-  const bl_matrix& m = *job.matrix;
-  const uint8_t* codes = m.codes + job.row * (m.width * BITS / 8);
+template <int BITS, class SINK>
+void dequantize_bits(const bl_matrix& m, const float* table, int64_t row, SINK& sink) {
+  constexpr int DTYPE = SINK::dtype;
+  const uint8_t* codes = m.codes + row * (m.width * BITS / 8);
   const uint8_t* plane = BITS == 3 ? codes + m.width / 4 : codes;
-  constexpr int WIDE = BITS == 3 ? 2 : BITS;               // bits of a code in the first plane
+  constexpr int WIDE = BITS == 3 ? 2 : BITS;              // bits of a code in the first plane
   constexpr int READ = BITS == 1 || BITS == 3 ? 32 : 16;  // codes that a look-up reads: whole dwords of a plane
-  const Groups groups(job);
-  const Lanes bare = BITS <= 4 ? rounded_to<DTYPE>(load(job.levels)) : none();
-  uint8_t* out = static_cast<uint8_t*>(job.out);
+  const Groups groups(m, row);
+  const Lanes bare = BITS <= 4 ? rounded_to<DTYPE>(load(table)) : none();
   for (int64_t begin = 0, g = 0; begin < m.columns; begin += m.group, ++g) {
     const Group group = groups.at(g);
     alignas(64) float levels[16] = {};
@@ -99,38 +138,55 @@ void dequantize_bits(const DequantizeRow& job) {
     };
     const int64_t end = begin + m.group < m.columns ? begin + m.group : m.columns;
     for (int64_t j = begin; j < end; j += 16) {
-      if (j + READ <= m.columns) {
-        store_as<DTYPE>(out + j * SIZE, values(codes + j * WIDE / 8, plane + j / 8));
+      const int64_t count = end - j < 16 ? end - j : 16;
+      if (j + READ <= m.width) {
+        const Lanes found = values(codes + j * WIDE / 8, plane + j / 8);
+        count == 16 ? sink.put(j, found) : sink.put_some(j, count, found);
         continue;
       }
-      uint8_t near[32] = {}, third[4] = {}, copy[64];
-      const int64_t left = m.width - j < 16 ? m.width - j : 16, kept = m.columns - j < 16 ? m.columns - j : 16;
+      uint8_t near[32] = {}, third[4] = {};
+      const int64_t left = m.width - j < 16 ? m.width - j : 16;
       std::memcpy(near, codes + j * WIDE / 8, static_cast<size_t>(left * WIDE / 8));
       if (BITS == 3) std::memcpy(third, plane + j / 8, static_cast<size_t>(left / 8));
-      store_as<DTYPE>(copy, values(near, third));
-      std::memcpy(out + j * SIZE, copy, static_cast<size_t>(kept * SIZE));
+      sink.put_some(j, count, values(near, third));
     }
   }
 }
 
-template <int DTYPE>
-void dequantize_to(const DequantizeRow& job) {
-  switch (job.matrix->bits) {
-    case 1: return dequantize_bits<1, DTYPE>(job);
-    case 2: return dequantize_bits<2, DTYPE>(job);
-    case 3: return dequantize_bits<3, DTYPE>(job);
-    case 4: return dequantize_bits<4, DTYPE>(job);
-    case 8: return dequantize_bits<8, DTYPE>(job);
-    default: return dequantize_bits<16, DTYPE>(job);
+template <class SINK>
+void dequantize_to(const bl_matrix& m, const float* levels, int64_t row, SINK& sink) {
+  switch (m.bits) {
+    case 1: return dequantize_bits<1>(m, levels, row, sink);
+    case 2: return dequantize_bits<2>(m, levels, row, sink);
+    case 3: return dequantize_bits<3>(m, levels, row, sink);
+    case 4: return dequantize_bits<4>(m, levels, row, sink);
+    case 8: return dequantize_bits<8>(m, levels, row, sink);
+    default: return dequantize_bits<16>(m, levels, row, sink);
   }
+}
+
+template <int DTYPE>
+void dequantize_as(const DequantizeRow& job) {
+  Store<DTYPE> sink{static_cast<uint8_t*>(job.out)};
+  dequantize_to(*job.matrix, job.levels, job.row, sink);
 }
 
 }  // namespace
 
 void dequantize_row(const DequantizeRow& job) {
-  if (job.dtype == BL_F32) return dequantize_to<BL_F32>(job);
-  if (job.dtype == BL_BF16) return dequantize_to<BL_BF16>(job);
-  dequantize_to<BL_F16>(job);
+  if (job.dtype == BL_F32) return dequantize_as<BL_F32>(job);
+  if (job.dtype == BL_BF16) return dequantize_as<BL_BF16>(job);
+  dequantize_as<BL_F16>(job);
+}
+
+void residual_row(const ResidualRow& job) {
+  Residual sink{job.x, job.out};
+  dequantize_to(*job.matrix, job.levels, job.row, sink);
+  float squares[16];
+  store(squares, sink.squares);
+  double total = 0;
+  for (const float square : squares) total += static_cast<double>(square);
+  *job.square = total;
 }
 
 }  // namespace bl::BL_ISA

@@ -20,6 +20,7 @@ struct GroupTile;
 struct Halves;
 struct ScaleBlock;
 struct DequantizeRow;
+struct ResidualRow;
 struct Attention;
 
 struct Kernels {
@@ -37,6 +38,7 @@ struct Kernels {
   void (*encode_halves)(const Halves&);
   void (*encode_scale_block)(const ScaleBlock&);
   void (*dequantize_row)(const DequantizeRow&);
+  void (*residual_row)(const ResidualRow&);
   void (*attend)(const Attention&);
   void (*add_and_norm)(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
   void (*gate)(float* gate, const float* up, int64_t width);
