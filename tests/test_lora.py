@@ -20,8 +20,8 @@ from bitloft.kernels.plain import encode
 # What adapters store (water-filling, LoRAQuant, rtn, truncate, shrink), and more that starts may be stored in.
 PAIRS = [
     ("sign:row", "sign:unit"), ("lm2:row", "lm2:unit"), ("lm3:row", "lm3:unit"), ("lm4:row", "lm4:unit"),
-    ("sign:row", "lm2:unit"), ("lm4:row", "lm3:unit"), ("uniform2:128", "uniform2:128"), ("uniform3:128", "uniform3:128"),
-    ("uniform4:64", "uniform4:128"), ("sign:128", "sign:128"), ("int8:row", "int8:row"), ("half:row", "half:unit"),
+    ("sign:row", "lm2:unit"), ("lm4:row", "lm3:unit"), ("uniform2:128", "uniform2:128"),
+    ("uniform3:128", "uniform3:128"), ("uniform4:64", "uniform4:128"), ("sign:128", "sign:128"), ("int8:row", "int8:row"), ("half:row", "half:unit"),
     ("lm4:64", "lm4:64"), ("nf4:64+dq", "nf4:64"), ("uniform2:row", "uniform3:row"),
 ]  # fmt: skip
 ODD = [("lm3:8", "nf4:24"), ("uniform3:40", "sign:16"), ("book2:64", "book3:72"), ("lm2:64+shift", "uniform2:tensor"),
@@ -67,7 +67,9 @@ needs_native = pytest.mark.skipif(cpu.library() is None, reason="the package was
 @needs_native
 @pytest.mark.parametrize("formats", [*PAIRS, *ODD, *((d,) for d in PLAIN)], ids=str)
 @pytest.mark.parametrize("width", [(576, 64), (1, 127), (127, 1), (130, 200)], ids=str)
-def test_every_format_agrees_with_the_definition(formats: tuple[str, str] | tuple[torch.dtype], width: tuple[int, int]) -> None:
+def test_every_format_agrees_with_the_definition(
+    formats: tuple[str, str] | tuple[torch.dtype], width: tuple[int, int]
+) -> None:
     kind = formats[0] if isinstance(formats[0], torch.dtype) else formats
     segments = batch([[kind], [kind, kind]], width, rows=7)  # type: ignore[list-item]
     for x in (torch.randn(7, width[0]), torch.randn(7, 2, width[0]).bfloat16(), torch.randn(7, width[0]).half()):
@@ -213,8 +215,6 @@ def test_a_registered_operator() -> None:
     assert set(checked.values()) == {"SUCCESS"}
 
 
-
-
 PROGRAM = """
 import torch
 from tests.test_lora import ODD, PAIRS, PLAIN, assert_close, batch
@@ -234,7 +234,9 @@ for width in ((200, 130), (64, 128)):
 def test_other_instruction_sets(isa: str) -> None:
     environment = {**os.environ, "BITLOFT_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(isa=isa)], env=environment, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(isa=isa)], env=environment, cwd=root, capture_output=True, text=True
+    )
     if "does not have" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,7 @@
 """multi_lora's native side: what is described once and used at every step.
 
-``Blocks`` are the factors of one adapter at one module, ``Rows`` the segments of a batch, a ``Job`` brings both together
-for one matrix. All hold C structs with addresses and the tensors behind them, so a step costs one call: nothing is
+``Blocks`` are the factors of one adapter at one module, ``Rows`` the segments of a batch, a ``Job`` brings both
+together for one matrix. All hold C structs with addresses and the tensors behind them, so a step costs one call: nothing is
 looked up or converted again.
 """
 
@@ -58,16 +58,23 @@ def _function() -> "ctypes._NamedFuncPointer":
 
 def takes(x: Tensor, factors: Iterable[PackedTensor | Tensor]) -> bool:
     """Whether native code computes with these: floats of 16 or 32 bits, everything on the CPU."""
-    return (
-        cpu.library() is not None
-        and x.device.type == "cpu"
-        and x.dtype in cpu.DTYPES
-        and all(
-            cpu.takes(factor) if isinstance(factor, PackedTensor) else
-            factor.device.type == "cpu" and factor.dtype in cpu.DTYPES
-            for factor in factors
-        )
+    return at_once(x) and all(
+        cpu.takes(factor) if isinstance(factor, PackedTensor) else
+        factor.device.type == "cpu" and factor.dtype in cpu.DTYPES
+        for factor in factors
     )  # fmt: skip
+
+
+def at_once(x: Tensor, out: Tensor | None = None) -> bool:
+    """Whether a step may call ``run`` on these as they are: no gradient, no tracing, no other device or dtype."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in cpu.DTYPES
+        and (out is None or (out.dtype in cpu.DTYPES and out.is_contiguous()))
+        and not (torch.is_grad_enabled() and (x.requires_grad or (out is not None and out.requires_grad)))
+        and not torch.compiler.is_compiling()
+        and cpu.library() is not None
+    )
 
 
 class Blocks:

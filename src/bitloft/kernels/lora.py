@@ -6,9 +6,9 @@ A [k, in] and Bt [k, out] are packed, each block in a format of its own, or plai
 base, which all rows take. The sum is float32 whatever ``x`` is: added to the base's product before that is rounded, a
 young adapter survives; rounded first, it is lost in the last bit of bfloat16 (docs/decisions.md).
 
-``multi_lora_plain`` is the definition. ``multi_lora`` runs native code where there is some; under ``torch.compile`` it is
-the operator ``bitloft::multi_lora``, which takes the stored parts of all blocks as one list of tensors. The list is
-what costs (a third of a microsecond for each of some hundred tensors), so eager calls go past the operator.
+``multi_lora_plain`` is the definition. ``multi_lora`` runs native code where there is some; under ``torch.compile`` it
+is the operator ``bitloft::multi_lora``, which takes the stored parts of all blocks as one list of tensors. A list of
+some hundred tensors costs more than the products themselves, so eager calls go past the operator.
 """
 
 import json
@@ -139,7 +139,8 @@ def _unflatten(parts: list[Tensor], text: str) -> tuple[list[Segment], Start | N
         a, bt, scaling = record["start"]
         start = Start(factor(*a), factor(*bt), scaling)  # type: ignore[arg-type]
     segments = [
-        Segment(tuple(rows), tuple((factor(*a), factor(*bt)) for a, bt in blocks)) for rows, blocks in record["segments"]
+        Segment(tuple(rows), tuple((factor(*a), factor(*bt)) for a, bt in blocks))
+        for rows, blocks in record["segments"]
     ]
     return segments, start
 
