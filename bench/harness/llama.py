@@ -55,9 +55,16 @@ class LlamaCpp:
     def __init__(self, python: str, source: Path, kind: str, context: int) -> None:
         out = source.with_name(f"{source.stem}-{kind}.gguf")
         command = [python, str(WORKER), str(source), str(out), kind, str(torch.get_num_threads()), str(context)]
-        quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._worker: Any = subprocess.Popen(command, text=True, env=os.environ | {"PYTHONPATH": ""}, **quiet)
-        ready = self._worker.stdout.readline().split()
+        worker: Any = subprocess.Popen(
+            command,
+            text=True,
+            env=os.environ | {"PYTHONPATH": ""},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._worker = worker
+        ready = worker.stdout.readline().split()
         if ready[:1] != ["ready"]:
             raise RuntimeError(f"{python} could not run llama.cpp on {source.name} in {kind}")
         self.nbytes = int(ready[1])

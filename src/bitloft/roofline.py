@@ -9,9 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from bitloft.kernels import ops
 from bitloft.packed import PackedTensor
@@ -66,17 +68,23 @@ def standings(roof: Roof, side: int | None = None) -> Iterator[Standing]:
         copies = [packed, *(_copied(packed) for _ in range(min(APART // packed.nbytes, 64)))]
         for rows, dtype in ((1, torch.float32), (4, torch.bfloat16), (32, torch.bfloat16), (256, torch.bfloat16)):
             turn, x = cycle(copies), torch.randn(rows, side).to(dtype)
-            spent = _seconds(lambda x=x, turn=turn: ops.packed_linear(x, next(turn)), SECONDS)
+            spent = _seconds(partial(_product, x, turn), SECONDS)
             work = 2 * rows * side * side
             name = f"packed_linear {fmt} {rows} x {str(dtype).removeprefix('torch.')}"
             yield _standing(name, spent, packed.nbytes, work, roof, dtype)
         moved = packed.nbytes + weight.nbytes
-        yield _standing(f"decode {fmt}", _seconds(lambda p=packed: ops.decode(p), SECONDS), moved, 0, roof)
-        yield _standing(f"encode {fmt}", _seconds(lambda f=fmt: ops.encode(weight, f), SECONDS), moved, 0, roof)
+        yield _standing(f"decode {fmt}", _seconds(partial(ops.decode, packed), SECONDS), moved, 0, roof)
+        yield _standing(f"encode {fmt}", _seconds(partial(ops.encode, weight, fmt), SECONDS), moved, 0, roof)
+
+
+def _product(x: Tensor, turn: Iterator[PackedTensor]) -> Tensor:
+    return ops.packed_linear(x, next(turn))
 
 
 def _copied(packed: PackedTensor) -> PackedTensor:
-    return PackedTensor(packed.format, packed.shape, **{name: part.clone() for name, part in packed.tensors().items()})
+    return PackedTensor.from_tensors(
+        packed.format, packed.shape, {name: part.clone() for name, part in packed.tensors().items()}
+    )
 
 
 def _standing(

@@ -147,15 +147,21 @@ BLOCK: tl.constexpr = tl.constexpr(2 * 16 + 1)
 @triton.jit
 def _factor(at, row, column, inside):
     """Values of one factor, as the sixteen numbers from ``at`` describe it."""
-    scales = tl.load(at + 13)  # 0: none, 1: fp16, 2: double quantized
+    scales = _number(at + 13)  # 0: none, 1: fp16, 2: double quantized
     return _values(
         tl.load(at).to(tl.pointer_type(tl.uint8)), tl.load(at + 1).to(tl.pointer_type(tl.int16)),
         tl.load(at + 2).to(tl.pointer_type(tl.int32)), tl.load(at + 3).to(tl.pointer_type(tl.uint8)),
         tl.load(at + 4).to(tl.pointer_type(tl.int16)), tl.load(at + 5).to(tl.pointer_type(tl.float32)),
         tl.load(at + 6).to(tl.pointer_type(tl.int16)), tl.load(at + 7).to(tl.pointer_type(tl.int16)),
-        row, column, inside, tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11), tl.load(at + 12),
-        scales > 0, False, scales > 1, tl.load(at + 14), tl.load(at + 15) > 0,
+        row, column, inside, _number(at + 8), _number(at + 9), _number(at + 10), _number(at + 11), _number(at + 12),
+        scales > 0, False, scales > 1, _number(at + 14), _number(at + 15) > 0,
     )  # fmt: skip
+
+
+@no_type_check
+@triton.jit
+def _number(at):
+    return tl.load(at).to(tl.int32)
 
 
 @no_type_check
@@ -166,7 +172,7 @@ def lora_down(table, lists, begin, places, scalings, x, t, columns, most, BR: tl
     if i < tl.load(begin + n + 1):
         block = tl.load(lists + i)
         at = table + block * BLOCK
-        components, scaling = tl.load(at + 2 * FACTOR), tl.load(scalings + block)
+        components, scaling = _number(at + 2 * FACTOR), tl.load(scalings + block)
         for k in range(0, components, BR):
             row = k + tl.arange(0, BR)
             total = tl.zeros([BR], tl.float32)
@@ -186,7 +192,7 @@ def lora_up(table, lists, begin, places, t, y, features, most, BR: tl.constexpr,
     total = tl.zeros([BC], tl.float32)
     for i in range(tl.load(begin + n), tl.load(begin + n + 1)):
         at = table + tl.load(lists + i) * BLOCK
-        components = tl.load(at + 2 * FACTOR)
+        components = _number(at + 2 * FACTOR)
         for k in range(0, components, BR):
             row = k + tl.arange(0, BR)
             inside = (row < components)[:, None] & (column < features)[None, :]
