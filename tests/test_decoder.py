@@ -1,5 +1,6 @@
 """The native decoder gives what transformers gives, for rows of different lengths, and says which models it leaves."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from bitloft.adapters import Adapter, LoraPair
 from bitloft.errors import KernelError
 from bitloft.formats import Format
 from bitloft.integrations import decoder
@@ -23,6 +25,7 @@ from bitloft.integrations.decoder import Decoder, reason
 from bitloft.kernels import cpu
 from bitloft.kernels.ops import encode
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
+from bitloft.modules.multi import AdapterBank
 from bitloft.solvers.base import Solution, Start
 
 native = pytest.mark.skipif(cpu.library() is None, reason=f"needs the native library: {cpu.explain()}")
@@ -95,6 +98,35 @@ def test_a_step_is_the_model_s_forward(kind: str, rank: int) -> None:
 @pytest.mark.parametrize("fmt", ["lm3:64", "nf4:64", "uniform4:32", "lm2:64+dq", "lm2:64+shift"])
 def test_every_format_can_be_decoded(fmt: str) -> None:
     assert follow(packed(MODELS["llama"](), fmt), [[1, 2], [3, 4, 5]], 3) < 3e-6
+
+
+@native
+@torch.no_grad()
+def test_rows_of_different_adapters(tmp_path: Path) -> None:
+    """Two adapters, one of them on the head too, and the base, in one batch: what a bank's forward gives each row."""
+    model = packed(MODELS["llama"]())
+    bank = AdapterBank(model)
+    paths = [
+        f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    for name, touched in (("one", paths[:4]), ("two", [*paths[2:], "lm_head"])):
+        sizes = [(path, model.get_submodule(path)) for path in touched]
+        pairs = [
+            LoraPair(path, torch.randn(4, linear.in_features), torch.randn(linear.out_features, 4) * 0.05, 1.0)
+            for path, linear in sizes
+        ]
+        bank.attach(name, Adapter(tmp_path, {}, tuple(pairs), None, None))
+    run, names = Decoder(model, bank), ["two", None, "one", "two"]
+    texts = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [8]]
+    rows, logits = run.prefill(texts, names)
+    for _ in range(3):
+        tokens = logits.argmax(-1).tolist()
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+        logits = run.step(rows, tokens, names)
+        for text, name, found in zip(texts, names, logits, strict=True):
+            with bank.rows([name]):
+                torch.testing.assert_close(found, model(torch.tensor([text])).logits[0, -1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-2)
 
 
 @native

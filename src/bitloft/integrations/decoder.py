@@ -18,9 +18,10 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection
+from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment
 from bitloft.kernels.cpu_linear import multiplies
 from bitloft.modules.linear import QuantLinear
+from bitloft.modules.multi import AdapterBank
 
 TAKEN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
@@ -106,11 +107,13 @@ class Decoder:
     Raises KernelError where ``reason`` has one.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, bank: AdapterBank | None = None) -> None:
         why = reason(model)
         if why is not None:
             raise KernelError(f"the native decoder cannot take this model: {why}.")
         self.model: Any = model
+        self.bank = bank or AdapterBank(model)
+        self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
         body, config = self.model.model, self.model.config
         self.context: int = config.max_position_embeddings
         self._native = NativeDecoder(
@@ -123,20 +126,28 @@ class Decoder:
         self._positions(min(POSITIONS, self.context))
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Row], Float[Tensor, "rows vocabulary"]]:
-        """Read prompts of one token or more; returns their rows and the logits of the tokens that follow."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str | None] | None = None
+    ) -> tuple[list[Row], Float[Tensor, "rows vocabulary"]]:
+        """Read prompts of one token or more, prompt i by the adapter ``names[i]`` of the bank (None: by the base).
+
+        Returns their rows and the logits of the tokens that follow.
+        """
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with self.bank.rows(names or [None] * len(prompts)):
+            out = self.model(**given, use_cache=True, logits_to_keep=1)
         return rows_of(out.past_key_values, mask), out.logits[:, -1]
 
     @torch.no_grad()
     def step(
-        self, rows: Sequence[Row], tokens: Sequence[int], plan: Plan | None = None
+        self, rows: Sequence[Row], tokens: Sequence[int], names: Sequence[str | None] | None = None
     ) -> Float[Tensor, "rows vocabulary"]:
         """Append a token to each row; returns the logits of the next ones. Raises KernelError beyond the context."""
+        names = names or [None] * len(rows)
         for row in rows:
             row.make_room()
         most = max(row.length for row in rows) + 1
@@ -144,11 +155,18 @@ class Decoder:
             self._positions(min(max(most, 2 * self._native.positions), self.context))
         hidden = self.model.model.embed_tokens(torch.tensor(tokens))
         caches = [(row.keys, row.values, row.length) for row in rows]
-        self._native.step(hidden, caches, plan or self._native.plan(len(rows)))
+        self._native.step(hidden, caches, self._plan_of(names))
         for row in rows:
             row.length += 1
-        logits: Tensor = self.model.lm_head(hidden)
+        with self.bank.rows(names):  # an adapter may touch the head
+            logits: Tensor = self.model.lm_head(hidden)
         return logits
+
+    def _plan_of(self, names: Sequence[str | None]) -> Plan:
+        if self._plan is None or self._plan[0] != names:
+            segments = [Segment(rows, views.native) for views, rows in self.bank.segments(names)]
+            self._plan = names, self._native.plan(len(names), segments)
+        return self._plan[1]
 
     def _positions(self, count: int) -> None:
         """Tables of the angles of positions 0 .. count - 1."""

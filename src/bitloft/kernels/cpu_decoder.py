@@ -6,7 +6,7 @@ states of the new tokens with one cache per row. Everything is float32. The stru
 """
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, addressof, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
@@ -77,10 +77,10 @@ class NativeLayer(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Rows of a batch, by number, and the blocks that they take, by path of the linear."""
+    """Rows of a batch, by number, and what gives the blocks that they take at the path of a linear, or None."""
 
     rows: Sequence[int]
-    blocks: Mapping[str, Blocks]
+    blocks: Callable[[str], Blocks | None]
 
 
 class Plan:
@@ -198,7 +198,7 @@ class NativeDecoder:
 
     def _deltas(self, group: Sequence[Projection], rows: Rows, segments: Sequence[Segment]) -> Iterator[Job]:
         """One job for each projection, or none where neither a start nor an adapter adds to any of them."""
-        own = [[segment.blocks.get(p.name) for segment in segments] for p in group]
+        own = [[segment.blocks(p.name) for segment in segments] for p in group]
         shared = [self._shared.get(p.name) for p in group]
         if any(blocks is not None for blocks in (*shared, *(b for each in own for b in each))):
             for p, each, start in zip(group, own, shared, strict=True):

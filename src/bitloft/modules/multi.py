@@ -43,17 +43,16 @@ class _Batch:
     def __init__(self, size: int, segments: Sequence[tuple[Views, tuple[int, ...]]]) -> None:
         self.segments = segments
         self.rows = cpu_lora.Rows(size, [rows for _, rows in segments])
-        self._jobs: dict[str, cpu_lora.Job | None] = {}
+        self.touched = frozenset(module for views, _ in segments for module in views.blocks)
+        self._jobs: dict[str, cpu_lora.Job] = {}
 
-    def touches(self, module: str) -> bool:
-        return any(module in views.blocks for views, _ in self.segments)
-
-    def job(self, module: str, features: int) -> cpu_lora.Job | None:
-        """The native side of one module, described once for the plan; None where no adapter touches the module."""
-        if module not in self._jobs:
+    def job(self, module: str, features: int) -> cpu_lora.Job:
+        """The native side of one module, described once for the plan."""
+        found = self._jobs.get(module)
+        if found is None:
             own = [views.native(module) for views, _ in self.segments]
-            self._jobs[module] = cpu_lora.Job(features, self.rows, own) if any(own) else None
-        return self._jobs[module]
+            found = self._jobs[module] = cpu_lora.Job(features, self.rows, own)
+        return found
 
     def on(self, module: str, device: torch.device) -> list[Segment]:
         """The same for ``kernels.lora``."""
@@ -141,6 +140,10 @@ class AdapterBank:
         finally:
             _ACTIVE.reset(token)
 
+    def segments(self, names: Sequence[str | None]) -> Sequence[tuple[Views, tuple[int, ...]]]:
+        """The adapters of a batch, each with its rows, for who runs the layers without their modules."""
+        return self._plan(names, 1).batches[len(names)].segments
+
     def _plan(self, names: Sequence[str | None], expand: int) -> _Plan:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names is {names!r}; give a list with one name for each row of the batch.")
@@ -222,28 +225,26 @@ class _Hook:
     def deltas(self, x: Tensor) -> Tensor | None:
         """The sum for each row of ``x``, float32; None where no adapter of the batch touches the module."""
         batch = self._batch(x)
-        if batch is None or not batch.touches(self.module):
+        if batch is None or self.module not in batch.touched:
             return None
         features = self.linear.out_features
-        if cpu_lora.at_once(x):
-            out = torch.empty(*x.shape[:-1], features)
-            job = batch.job(self.module, features)
-            cpu_lora.run(x, batch.rows, [job.to(out, add=False)])
-            return out
-        return multi_lora(x, batch.on(self.module, x.device), features)
+        if not cpu_lora.at_once(x):
+            return multi_lora(x, batch.on(self.module, x.device), features)
+        out = torch.empty(*x.shape[:-1], features)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, features).to(out, add=False)])
+        return out
 
     def __call__(
         self, linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         x: Tensor = args[0] if args else kwargs["input"]
-        batch = self._batch(x)
-        if batch is None or not batch.touches(self.module):
+        batch, features = self._batch(x), linear.out_features
+        if batch is None or self.module not in batch.touched:
             return None
-        if cpu_lora.at_once(x, output):  # in place: the output is fresh
-            job = batch.job(self.module, linear.out_features)
-            cpu_lora.run(x, batch.rows, [job.to(output, add=True)])
-            return None
-        return (output + multi_lora(x, batch.on(self.module, x.device), linear.out_features)).to(output.dtype)
+        if not cpu_lora.at_once(x, output):
+            return (output + multi_lora(x, batch.on(self.module, x.device), features)).to(output.dtype)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, features).to(output, add=True)])  # the output is fresh
+        return None
 
     def _batch(self, x: Tensor) -> _Batch | None:
         plan = _ACTIVE.get().get(id(self.bank))
