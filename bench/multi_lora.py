@@ -3,8 +3,8 @@
 Adapters of rank 16 at a layer of 2048 x 2048, their widths drawn from those of a real adapter (multi_lora_widths.json):
 water-filling at 0.5 and 0.8 true bits, LoRAQuant at its own. Of the three the worst counts.
 
-mixed_vs_one_adapter  a packed layer (lm2:64, a start of rank 16) with 32 adapters in the batch / all rows on one of them;
-                      ``deltas`` beside it is the same without the base, where nothing hides the difference
+mixed_vs_one_adapter  a packed layer (lm2:64, a start of rank 16) with 32 adapters in the batch / all rows on one of
+                      them; ``deltas`` beside it is the same without the base, where nothing hides the difference
 vs_peft_adapter_names the same layer / PEFT's layer with adapter_names, in float32 or bfloat16, whichever is faster
 vs_fp16_same_shape    the deltas alone / torch.bmm over the gathered dense factors, in the fastest dtype
 
@@ -110,10 +110,10 @@ def drawn(histogram: Mapping[str, int], width: int, generator: random.Random) ->
 
 
 def packed_layer(width: int) -> QuantLinear:
-    start = Start(*(encode(torch.randn(RANK, width) * 0.02, "lm4:64") for _ in range(2)), 1.0)
+    a0, b0 = (encode(torch.randn(RANK, width) * 0.02, "lm4:64") for _ in range(2))
     fmt = Format.parse("lm2:64")
     layer = QuantLinear(width, width, fmt, rank=RANK, scaling=1.0, start_format=Format.parse("lm4:64"))
-    layer.load_solution(Solution(encode(torch.randn(width, width) * 0.02, fmt), start, 0.0, 0.0))
+    layer.load_solution(Solution(encode(torch.randn(width, width) * 0.02, fmt), Start(a0, b0, 1.0), 0.0, 0.0))
     layer.arrange()
     return layer
 
@@ -131,7 +131,7 @@ def peft_layer(adapters: Mapping[str, PackedAdapter], x: Tensor, width: int) -> 
     """PEFT's linear with every adapter loaded, one name for each row."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["packed"])
     holder = nn.ModuleDict({"packed": nn.Linear(width, width, bias=False)})
-    model = get_peft_model(holder, config, adapter_name=next(iter(adapters)))  # type: ignore[arg-type]
+    model = get_peft_model(holder, config, adapter_name=next(iter(adapters)))
     for name in list(adapters)[1:]:
         model.add_adapter(name, config)
     layer = model.base_model.model["packed"]

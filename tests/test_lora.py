@@ -21,11 +21,14 @@ from bitloft.kernels.plain import encode
 PAIRS = [
     ("sign:row", "sign:unit"), ("lm2:row", "lm2:unit"), ("lm3:row", "lm3:unit"), ("lm4:row", "lm4:unit"),
     ("sign:row", "lm2:unit"), ("lm4:row", "lm3:unit"), ("uniform2:128", "uniform2:128"),
-    ("uniform3:128", "uniform3:128"), ("uniform4:64", "uniform4:128"), ("sign:128", "sign:128"), ("int8:row", "int8:row"), ("half:row", "half:unit"),
-    ("lm4:64", "lm4:64"), ("nf4:64+dq", "nf4:64"), ("uniform2:row", "uniform3:row"),
+    ("uniform3:128", "uniform3:128"), ("uniform4:64", "uniform4:128"), ("sign:128", "sign:128"),
+    ("int8:row", "int8:row"), ("half:row", "half:unit"), ("lm4:64", "lm4:64"), ("nf4:64+dq", "nf4:64"),
+    ("uniform2:row", "uniform3:row"),
 ]  # fmt: skip
-ODD = [("lm3:8", "nf4:24"), ("uniform3:40", "sign:16"), ("book2:64", "book3:72"), ("lm2:64+shift", "uniform2:tensor"),
-       ("int8:24", "int8:64"), ("lm2:row+shift", "nf3:32+dq")]  # fmt: skip
+ODD = [
+    ("lm3:8", "nf4:24"), ("uniform3:40", "sign:16"), ("book2:64", "book3:72"), ("lm2:64+shift", "uniform2:tensor"),
+    ("int8:24", "int8:64"), ("lm2:row+shift", "nf3:32+dq"),
+]  # fmt: skip
 PLAIN = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -71,7 +74,7 @@ def test_every_format_agrees_with_the_definition(
     formats: tuple[str, str] | tuple[torch.dtype], width: tuple[int, int]
 ) -> None:
     kind = formats[0] if isinstance(formats[0], torch.dtype) else formats
-    segments = batch([[kind], [kind, kind]], width, rows=7)  # type: ignore[list-item]
+    segments = batch([[kind], [kind, kind]], width, rows=7)
     for x in (torch.randn(7, width[0]), torch.randn(7, 2, width[0]).bfloat16(), torch.randn(7, width[0]).half()):
         assert_close(multi_lora(x, segments, width[1]), multi_lora_plain(x, segments, width[1]))
 

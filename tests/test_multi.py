@@ -211,7 +211,8 @@ def test_a_packed_layer_is_handed_the_sum_in_float32(model: Any, bank: AdapterBa
         found = layer(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found[0], layer(x)[0])
-    assert_close(found[1].float(), (layer(x)[1] + expected[1]).bfloat16().float())
+    exact = x[1].float() @ layer.dense().T + expected[1]
+    torch.testing.assert_close(found[1].float(), exact, rtol=1e-2, atol=4e-2)
     with bank.rows([BASE, "last"]):
         assert layer.deltas(x) is None
 

@@ -1,8 +1,8 @@
 """multi_lora's native side: what is described once and used at every step.
 
 ``Blocks`` are the factors of one adapter at one module, ``Rows`` the segments of a batch, a ``Job`` brings both
-together for one matrix. All hold C structs with addresses and the tensors behind them, so a step costs one call: nothing is
-looked up or converted again.
+together for one matrix. All hold C structs with addresses and the tensors behind them, so a step costs one call:
+nothing is looked up or converted again.
 """
 
 import ctypes
@@ -82,7 +82,7 @@ class Blocks:
 
     def __init__(self, blocks: Sequence[tuple[PackedTensor | Tensor, PackedTensor | Tensor]], scaling: float = 1.0):
         self._held = [[_contiguous(factor) for factor in block] for block in blocks]  # the addresses stay true
-        array = (_Block * len(self._held))(*((_factor(a), _factor(bt), scaling) for a, bt in self._held))
+        array = (_Block * len(self._held))(*(_Block(_factor(a), _factor(bt), scaling) for a, bt in self._held))
         self.struct = _Blocks(len(self._held), array)
 
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class AdapterBank:
             self._check(name, module, pair, held)
         for module in held.blocks():
             if module not in self._hooks:
-                self._hooks[module] = _Hook(self, module, self.model.get_submodule(module))
+                self._hooks[module] = _Hook(self, module, cast(nn.Linear, self.model.get_submodule(module)))
             self._hooks[module].users += 1
         held.release()
         self._held[name] = held
@@ -207,43 +208,36 @@ class AdapterBank:
 class _Hook:
     """What the bank adds at one module that ``users`` adapters touch."""
 
-    def __init__(self, bank: AdapterBank, module: str, linear: nn.Module) -> None:
-        self.bank, self.module, self.linear = bank, module, linear
+    def __init__(self, bank: AdapterBank, module: str, linear: nn.Linear) -> None:
+        self.bank, self.module, self.features = bank, module, linear.out_features
         self.users = 0
-        self.handle = None
         if isinstance(linear, QuantLinear):
             linear.deltas = self.deltas
+            self.remove: Callable[[], None] = partial(setattr, linear, "deltas", None)
         else:
-            self.handle = linear.register_forward_hook(self, with_kwargs=True)
-
-    def remove(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-        else:
-            self.linear.deltas = None  # type: ignore[assignment]
+            self.remove = linear.register_forward_hook(self, with_kwargs=True).remove
 
     def deltas(self, x: Tensor) -> Tensor | None:
         """The sum for each row of ``x``, float32; None where no adapter of the batch touches the module."""
         batch = self._batch(x)
         if batch is None or self.module not in batch.touched:
             return None
-        features = self.linear.out_features
         if not cpu_lora.at_once(x):
-            return multi_lora(x, batch.on(self.module, x.device), features)
-        out = torch.empty(*x.shape[:-1], features)
-        cpu_lora.run(x, batch.rows, [batch.job(self.module, features).to(out, add=False)])
+            return multi_lora(x, batch.on(self.module, x.device), self.features)
+        out = torch.empty(*x.shape[:-1], self.features)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features).to(out, add=False)])
         return out
 
     def __call__(
         self, linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         x: Tensor = args[0] if args else kwargs["input"]
-        batch, features = self._batch(x), linear.out_features
+        batch = self._batch(x)
         if batch is None or self.module not in batch.touched:
             return None
         if not cpu_lora.at_once(x, output):
-            return (output + multi_lora(x, batch.on(self.module, x.device), features)).to(output.dtype)
-        cpu_lora.run(x, batch.rows, [batch.job(self.module, features).to(output, add=True)])  # the output is fresh
+            return (output + multi_lora(x, batch.on(self.module, x.device), self.features)).to(output.dtype)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features).to(output, add=True)])  # a fresh output
         return None
 
     def _batch(self, x: Tensor) -> _Batch | None:
