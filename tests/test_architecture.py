@@ -34,7 +34,7 @@ LAYERS = (
     ("modules",),
     ("integrations",),
     ("stream",),
-    ("calibrate", "tasks", "report", "card"),
+    ("calibrate", "tasks", "report", "card", "roofline"),
     ("ground",),
     ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts", "rebase", "sensitivity"),
     ("widths", "bulk"),

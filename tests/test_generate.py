@@ -8,6 +8,7 @@ import torch
 
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.generate import generate
+from bitloft.integrations import decoder
 from bitloft.integrations.loading import load, load_tokenizer
 from bitloft.modules.multi import BASE
 from bitloft.options import GenerateOptions
@@ -30,6 +31,22 @@ def test_mixed_answers_equal_single_ones(world: World, adapters: dict[str, Path]
         ids = encode_chat(world.service.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         assert answer == world.alone(ids, name or "base", 6)
     assert len(set(together)) == 4
+
+
+def test_the_native_decoder_answers_as_transformers(
+    world: World, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a row ends before the others; and it is what answers, unless it has a reason not to."""
+    options, names = GenerateOptions(max_tokens=40, raw=True), ["alpha", None, PLAIN, "beta"]
+    model = load(world.base)
+    if decoder.reason(model) is None:
+        steps: list[int] = []
+        step = decoder.Decoder.step
+        monkeypatch.setattr(decoder.Decoder, "step", lambda *a: steps.append(len(a[1])) or step(*a))
+        native = generate(world.base, PROMPTS, adapters, names, options)
+        assert steps[0] == len(PROMPTS)
+        monkeypatch.setattr(decoder, "reason", lambda model: "none of its business")
+        assert native == generate(world.base, PROMPTS, adapters, names, options)
 
 
 def test_raw_continues_the_prompt_itself(world: World, adapters: dict[str, Path]) -> None:

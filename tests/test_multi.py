@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from bitloft.adapters import Adapter, LoraPair, PackedAdapter, PackedBlock, PackedModule
 from bitloft.errors import AdapterError
 from bitloft.formats import Format
+from bitloft.kernels.lora import Segment, multi_lora_plain
 from bitloft.kernels.ops import decode, encode
 from bitloft.modules.linear import QuantLinear, replace_module
 from bitloft.modules.multi import BASE, AdapterBank, install
@@ -195,6 +196,54 @@ def test_half_precision_stays_half(model: Any, bank: AdapterBank) -> None:
     assert not torch.equal(logits[0], base[0])
 
 
+@torch.no_grad()
+def test_a_packed_layer_is_handed_the_sum_in_float32(model: Any, bank: AdapterBank) -> None:
+    """It adds before it rounds: an addend in bfloat16 would have lost a young adapter already."""
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    adapter = packed_adapter(model, linears(model), seed=1).modules[name]
+    x = torch.randn(2, 3, 64).bfloat16()
+    segments = [Segment((1,), tuple((block.a, block.bt) for block in adapter.blocks))]
+    expected = multi_lora_plain(x, segments, layer.out_features)
+    assert layer.deltas(x) is None
+    with bank.rows([BASE, "all"]):
+        assert_close(layer.deltas(x), expected)
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[0], layer(x)[0])
+    exact = x[1].float() @ layer.dense().T + expected[1]
+    torch.testing.assert_close(found[1].float(), exact, rtol=1e-2, atol=4e-2)
+    with bank.rows([BASE, "last"]):
+        assert layer.deltas(x) is None
+
+
+def test_gradients_flow_where_they_are_asked_for(model: Any, bank: AdapterBank) -> None:
+    """The native path writes in place and knows no gradient: it must step aside."""
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"):  # dense, packed
+        linear = model.get_submodule(name)
+        x = torch.randn(2, 3, 64, requires_grad=True)
+        with bank.rows(["all", BASE]):
+            y = linear(x)
+        (found,) = torch.autograd.grad(y.sum(), x)
+        with torch.no_grad(), bank.rows(["all", BASE]):
+            assert_close(y, linear(x))
+        (base,) = torch.autograd.grad(linear(x).sum(), x)
+        assert_close(found[1], base[1])
+        assert (found[0] - base[0]).abs().max() > 0.01
+
+
+def test_rows_are_described_once_for_many_steps(model: Any, bank: AdapterBank) -> None:
+    with bank.rows(["all", "last"]):
+        pass
+    first = bank._last
+    with bank.rows(["all", "last"]):
+        assert bank._last is first
+    with bank.rows(["last", "all"]):
+        assert bank._last is not first
+    bank.detach("attention")
+    assert bank._last is None
+
+
 def test_without_names_the_model_is_its_base(model: Any) -> None:
     tokens = ids(3)
     keys, modules = list(model.state_dict()), [n for n, _ in model.named_modules()]
@@ -210,7 +259,7 @@ def test_without_names_the_model_is_its_base(model: Any) -> None:
         assert [n for n, _ in model.named_modules()] == modules
         bank.detach("all")
         assert torch.equal(model(tokens).logits, before)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or getattr(module, "deltas", None) for module in model.modules())
     with pytest.raises(AdapterError, match="no adapter 'all' is attached; attached: none"), bank.rows(["all"]):
         pass
 
@@ -365,7 +414,7 @@ def test_views_out_of_use_are_dropped_and_made_again(
         for names in (["all", "all"], ["attention", "last"], ["all", "last"]):
             after = model(tokens, adapter_names=names).logits
     assert torch.equal(after, before)
-    assert [name for name, held in bank._held.items() if held._blocks is not None] == ["last"]
+    assert [name for name, held in bank._held.items() if held._views is not None] == ["last"]
     bank.detach("all")
     bank.detach("last")
     assert not any(model.get_submodule(n)._forward_hooks for n in linears(model) if "mlp" in n)

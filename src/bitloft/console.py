@@ -210,11 +210,32 @@ def inspect(
     emit(table(found.columns, found.rows))
 
 
-def info() -> None:
+def info(
+    bench: Annotated[bool, typer.Option("--bench", help="measure the machine and each operator, in seconds")] = False,
+) -> None:
     """Show versions, the machine, and which kernels run and why."""
     from bitloft.inspection import machine
 
     show("bitloft", machine())
+    if bench:
+        _standings()
+
+
+def _standings() -> None:
+    from bitloft import roofline
+
+    roof = roofline.roof()
+    rates = {
+        f"{str(dtype).removeprefix('torch.')} product": f"{rate / 1e9:.0f} GFLOP/s"
+        for dtype, rate in roof.rates.items()
+    }
+    show("this machine", {"read bandwidth": f"{roof.bandwidth / 1e9:.1f} GB/s", **rates})
+    columns = ("operator, 4096 x 4096", "ms", "floor ms", "of floor", "bound by")
+    rows = [
+        (s.name, f"{1e3 * s.seconds:.3f}", f"{1e3 * s.floor:.3f}", f"{s.floor / s.seconds:.0%}", s.bound)
+        for s in roofline.standings(roof)
+    ]
+    emit(table(columns, rows))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

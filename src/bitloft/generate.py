@@ -1,6 +1,7 @@
 """The generate verb: prompts answered by the base and any adapters in one left-padded batch.
 
-Through transformers' ``generate`` and not the serving engine, so that what it prints is what ``load`` gives a program.
+The likeliest tokens come from the native decoder where it takes the model (``integrations.decoder``); drawn ones, and
+every other model, from transformers' ``generate``, which is what ``load`` gives a program.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from bitloft.errors import OptionError
+from bitloft.integrations import decoder
 from bitloft.integrations.loading import attach, base_record, load, load_tokenizer
 from bitloft.modules.multi import BASE
 from bitloft.options import GenerateOptions
@@ -39,7 +41,12 @@ def generate(
     attach(model, adapters, base_record(base), options.base_mismatch)
     rows = [_encode(tokenizer, prompt, options.raw) for prompt in prompts]
     _check_context(model, rows, options.max_tokens)
-    return _answer(model, tokenizer, rows, owners, options)
+    if options.temperature == 0 and decoder.reason(model) is None:
+        found = _follow(model, rows, owners, options.max_tokens)
+    else:
+        found = _draw(model, tokenizer, rows, owners, options)
+    texts: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
+    return texts
 
 
 def _owners(count: int, known: list[str], names: Sequence[str | None] | None) -> list[str]:
@@ -71,9 +78,30 @@ def _check_context(model: Any, rows: list[list[int]], answer: int) -> None:
         )
 
 
-def _answer(
+@torch.no_grad()
+def _follow(model: Any, rows: list[list[int]], owners: list[str], most: int) -> list[list[int]]:
+    """The likeliest tokens of every row, up to an end token or ``most`` of them, by the native decoder."""
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    run = decoder.Decoder(model, model.bitloft_bank)
+    states, logits = run.prefill(rows, owners)
+    answers: list[list[int]] = [[] for _ in rows]
+    running = list(range(len(rows)))
+    while True:
+        tokens = logits.argmax(-1).tolist()
+        for i, token in zip(running, tokens, strict=True):
+            answers[i].append(token)
+        going = [n for n, token in enumerate(tokens) if token not in ends and len(answers[running[n]]) < most]
+        running, tokens = [running[n] for n in going], [tokens[n] for n in going]
+        if not running:
+            return answers
+        logits = run.step([states[i] for i in running], tokens, [owners[i] for i in running])
+
+
+def _draw(
     model: Any, tokenizer: Any, rows: list[list[int]], owners: list[str], options: GenerateOptions
-) -> list[str]:
+) -> list[list[int]]:
+    """The tokens that transformers' generate gives, drawn or the likeliest."""
     longest = max(map(len, rows))
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
@@ -91,5 +119,5 @@ def _answer(
             pad_token_id=pad,
             **choice,
         )
-    texts: list[str] = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return texts
+    answers: list[list[int]] = out[:, longest:].tolist()
+    return answers

@@ -30,7 +30,7 @@ from bitloft.integrations.mismatch import (
 )
 from bitloft.integrations.opening import open_model
 from bitloft.modules.multi import AdapterBank
-from bitloft.modules.tuned import Coded, applied, packed_again
+from bitloft.modules.trial import Coded, applied, packed_again
 from bitloft.options import CompressOptions
 from bitloft.packing import Distilled
 from bitloft.tasks.distill import Batch, Course, Progress, descend, divergences, hold_out, mean_loss

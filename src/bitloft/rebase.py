@@ -29,7 +29,7 @@ from bitloft.integrations.loading import BaseRecord, base_record, load, load_tok
 from bitloft.integrations.opening import open_model
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.multi import AdapterBank
-from bitloft.modules.tuned import Plain, applied
+from bitloft.modules.trial import Plain, applied
 from bitloft.options import RebaseOptions
 from bitloft.solvers.adapter import components
 from bitloft.tasks.distill import Batch, Course, Losses, descend, divergences, hold_out, mean_loss

@@ -12,6 +12,7 @@ from bitloft.formats import TENSOR, UNIT, Format, layout
 from bitloft.kernels import search
 from bitloft.kernels.books import learn_levels
 from bitloft.packed import (
+    DTYPES,
     PackedTensor,
     double_quantize,
     pack_bits,
@@ -41,9 +42,9 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
     layout(tuple(x.shape), fmt)  # refuses a scalar
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1]).float().contiguous()
     if rows.numel() and not bool(torch.isfinite(torch.stack(rows.aminmax())).all()):  # both ends pass NaN on
-        raise KernelError(f"cannot encode a tensor of shape {tuple(x.shape)} to {fmt}: it holds NaN or infinity.")
+        raise not_finite(tuple(x.shape), fmt)
     if not rows.numel():
-        return _empty(tuple(x.shape), fmt, rows)
+        return PackedTensor.from_tensors(fmt, tuple(x.shape), empty_parts(tuple(x.shape), fmt, rows.device))
     if fmt.family == "half":
         return _encode_half(tuple(x.shape), rows, fmt)
     levels = learn_levels(rows, fmt) if fmt.has_levels else fmt.levels
@@ -58,6 +59,11 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
         )
         packed = PackedTensor.from_tensors(fmt, packed.shape, packed.tensors() | {"codes": codes})
     return packed
+
+
+def not_finite(shape: tuple[int, ...], fmt: Format) -> KernelError:
+    """The error of a tensor that cannot be encoded."""
+    return KernelError(f"cannot encode a tensor of shape {shape} to {fmt}: it holds NaN or infinity.")
 
 
 class _Tile(NamedTuple):
@@ -129,17 +135,15 @@ def _recode(rows: Tensor, where: slice, packed: PackedTensor, levels: tuple[floa
         zeros = torch.zeros_like(scales)
         if packed.zeros is not None:
             zeros = unpack_zeros(packed.zeros[where], fmt.bits, fmt.groups(rows.shape[1])).reshape(-1, 1).float()
-        codes = search.on_grid(grouped + zeros * scales, scales, 2**fmt.bits - 1)
+        codes = search.on_grid(grouped, scales, 2**fmt.bits - 1, zeros)
     return _packed_codes(codes, mask, rows.shape[0], fmt)
 
 
 def _encode_tensor(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], fmt: Format) -> PackedTensor:
     """One grid for the tensor: 2**bits even levels between mean - 2 std and mean + 2 std, values outside clipped."""
-    mean, spread = rows.mean(), 2 * rows.std(correction=0)
     top = 2**fmt.bits - 1
-    low, scale = (mean - spread).reshape(1, 1), (2 * spread / top).reshape(1, 1)
-    exponent = scale_exponent(low, scale)
-    parts = {"exponent": exponent, "scales": pack_halves(scale, exponent), "shifts": pack_halves(low, exponent)}
+    low, scale = tensor_range(rows, top)
+    parts = range_parts(low, scale)
     step = max(TILE // fmt.width(rows.shape[1]), 1)
     codes = []
     for chunk in rows.split(step):
@@ -147,6 +151,21 @@ def _encode_tensor(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], 
         found = search.on_grid(grouped - low, scale.expand(grouped.shape[0], 1), top)
         codes.append(_packed_codes(found, mask, chunk.shape[0], fmt))
     return PackedTensor.from_tensors(fmt, shape, parts | {"codes": torch.cat(codes)})
+
+
+def tensor_range(rows: Float[Tensor, "rows columns"], top: int) -> tuple[Float[Tensor, "1 1"], Float[Tensor, "1 1"]]:
+    """Lower end and step of ``top`` steps over mean +- 2 std, from the moments of each row."""
+    variances, means = (moment.double() for moment in torch.var_mean(rows, dim=1, correction=0))
+    mean = means.mean()
+    spread = 2 * (variances.mean() + (means - mean).square().mean()).sqrt().float()
+    mean = mean.float()
+    return (mean - spread).reshape(1, 1), (2 * spread / top).reshape(1, 1)
+
+
+def range_parts(low: Float[Tensor, "1 1"], scale: Float[Tensor, "1 1"]) -> dict[str, Tensor]:
+    """The stored parts of one range for a whole tensor."""
+    exponent = scale_exponent(low, scale)
+    return {"exponent": exponent, "scales": pack_halves(scale, exponent), "shifts": pack_halves(low, exponent)}
 
 
 def _encode_half(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], fmt: Format) -> PackedTensor:
@@ -163,10 +182,9 @@ def _encode_half(shape: tuple[int, ...], rows: Float[Tensor, "rows columns"], fm
     return PackedTensor.from_tensors(fmt, shape, parts)
 
 
-def _empty(shape: tuple[int, ...], fmt: Format, rows: Tensor) -> PackedTensor:
-    kinds = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
-    parts = {k: torch.zeros(p.shape, dtype=kinds[p.dtype], device=rows.device) for k, p in layout(shape, fmt).items()}
-    return PackedTensor.from_tensors(fmt, shape, parts)
+def empty_parts(shape: tuple[int, ...], fmt: Format, device: torch.device) -> dict[str, Tensor]:
+    """The parts of a tensor of ``shape``, all zeros."""
+    return {k: torch.zeros(p.shape, dtype=DTYPES[p.dtype], device=device) for k, p in layout(shape, fmt).items()}
 
 
 def pack_zeros(zeros: UInt8[Tensor, "rows groups"], bits: int) -> Tensor:

@@ -1,31 +1,27 @@
-"""The operators of bitloft in plain torch: the only specification, the fallback and the oracle of every kernel.
+"""The operators that the rest of bitloft calls; each runs native code where that takes the tensors, else plain torch.
 
 ``encode``         x -> PackedTensor (groups along the last axis)
 ``decode``         PackedTensor -> values
 ``decode_rows``    the same, for some rows of a matrix; ``decode_columns`` for some columns
+``residual``       x - decode(W), or only its norm, in one pass
 ``packed_linear``  y[n, out] = sum_in x[n, in] * decode(W)[out, in]
 ``packed_linear_grad_input``  dx[n, in] = sum_out dy[n, out] * decode(W)[out, in]
 
-Simulation is ``decode(encode(x))``: there is no second path that only pretends. Level tables come from the format and
-are looked up a byte at a time (one table row holds the values of all codes in that byte), which is as plain as shifts
-and masks and several times faster in torch.
+What they compute is defined in ``plain`` and nowhere else; ``explain`` says which implementation runs, and why.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
-
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from bitloft.errors import KernelError
-from bitloft.formats import UNIT, Format
-from bitloft.kernels.encoding import TILE, encode, unpack_zeros
-from bitloft.packed import PackedTensor, Rows, rows_of, scales_of, unpack_bits, unpack_halves
+from bitloft.formats import Format
+from bitloft.kernels import cpu_dequantize, cpu_encode, plain
+from bitloft.kernels.cpu import explain
+from bitloft.kernels.plain import decode_columns, packed_linear, packed_linear_grad_input
+from bitloft.packed import PackedTensor
 
 __all__ = [
-    "TILE",
     "decode",
     "decode_columns",
     "decode_rows",
@@ -33,159 +29,41 @@ __all__ = [
     "explain",
     "packed_linear",
     "packed_linear_grad_input",
-    "tiles",
+    "residual",
 ]
 
 
+def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
+    """Quantize ``x``; see ``encoding.encode``, whose bytes the native encoder gives."""
+    fmt = Format.parse(fmt)
+    if cpu_encode.takes(x, fmt):
+        return cpu_encode.encode(x, fmt, ranges)
+    return plain.encode(x, fmt, ranges=ranges)
+
+
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """The values that ``packed`` stands for, in ``dtype`` and its own shape."""
-    columns = packed.shape[-1]
-    values = _decode_rows(packed, slice(None), dtype)
-    return values[:, :columns].reshape(packed.shape)
+    """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
+    if cpu_dequantize.takes(packed, dtype):
+        return cpu_dequantize.decode(packed, dtype)
+    return plain.decode(packed, dtype)
 
 
 def decode_rows(
     packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "some columns"]:
-    """The values of some rows of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[rows]``.
+    """The values of some rows of a matrix, by number (an embedding); see ``plain.decode_rows``."""
+    if cpu_dequantize.takes(packed, dtype):
+        return cpu_dequantize.decode_rows(packed, rows, dtype)
+    return plain.decode_rows(packed, rows, dtype)
 
-    Raises KernelError for a tensor that is no matrix, IndexError (on CPU) for a row that does not exist.
+
+def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, *, out: Tensor | None = None) -> float:
+    """|x - decode(packed)|, the difference written to ``out`` (float32, maybe ``x`` itself) where that is given.
+
+    One pass over ``x`` and the codes, nothing dequantized to memory. Raises KernelError where shapes differ.
     """
-    if len(packed.shape) != 2:
-        raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
-    return _decode_rows(packed, rows, dtype)[:, : packed.shape[1]]
-
-
-def decode_columns(
-    packed: PackedTensor, columns: Int[Tensor, " some"], dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "rows some"]:
-    """The values of some columns of a matrix, by number, in ``dtype``: equal to ``decode(packed, dtype)[:, columns]``.
-
-    Costs a few operations per value asked for, and all scales. Raises KernelError for a tensor that is no matrix.
-    """
-    if len(packed.shape) != 2:
-        raise KernelError(f"decode_columns takes a matrix; the tensor has shape {packed.shape}.")
-    fmt, width = packed.format, packed.shape[1]
-    if fmt.family == "half":
-        values = packed.codes.clone().view(torch.float16)[:, columns].to(dtype)  # a view may begin at an odd byte
-    else:
-        levels = torch.tensor(levels_of(packed), dtype=dtype, device=packed.codes.device)
-        values = levels[_codes_at(packed, columns).int()]
-    if fmt.group == UNIT or not values.numel():
-        return values
-    group = columns // fmt.group_size(width)
-    if packed.zeros is not None:
-        values -= unpack_zeros(packed.zeros, fmt.bits, fmt.groups(width))[:, group].to(dtype)
-    values *= scales_of(packed, slice(None), dtype)[:, group]
-    if packed.shifts is not None:
-        values += unpack_halves(packed.shifts, packed.exponent, dtype)[:, group]
-    return values
-
-
-def _codes_at(packed: PackedTensor, columns: Int[Tensor, " some"]) -> UInt8[Tensor, "rows some"]:
-    """The codes of some columns: shifts and masks on the bytes that hold them."""
-    codes, bits = packed.codes.view(torch.uint8), packed.format.bits
-    if bits == 3:  # a plane of two bits, then one of one bit
-        low, high = codes.split([packed.format.width(packed.shape[1]) // 8 * n for n in (2, 1)], dim=1)
-        return _bits_at(low, columns, 2) | (_bits_at(high, columns, 1) << 2)
-    return _bits_at(codes, columns, bits)
-
-
-def _bits_at(
-    plane: UInt8[Tensor, "rows bytes"], columns: Int[Tensor, " some"], bits: int
-) -> UInt8[Tensor, "rows some"]:
-    shift = (columns * bits % 8).to(torch.uint8)
-    found: Tensor = (plane.index_select(1, columns * bits // 8) >> shift) & (2**bits - 1)
-    return found
-
-
-def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
-    """Values of some rows, padding columns included."""
-    fmt, columns = packed.format, packed.shape[-1]
-    width = fmt.width(columns)
-    codes = packed.codes[rows] if isinstance(rows, slice) else embedding(rows, packed.codes)  # refuses numbers below 0
-    values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
-    if fmt.group == UNIT or not values.numel():
-        return values
-    scales = scales_of(packed, rows, dtype)
-    grouped = values.view(values.shape[0], scales.shape[1], -1)
-    if packed.zeros is not None:
-        zeros = unpack_zeros(packed.zeros[rows], fmt.bits, scales.shape[1])
-        grouped -= zeros.to(dtype).unsqueeze(-1)
-    grouped *= scales.unsqueeze(-1)
-    if packed.shifts is not None:
-        grouped += unpack_halves(rows_of(packed.shifts, rows), packed.exponent, dtype).unsqueeze(-1)
-    return values
-
-
-def levels_of(packed: PackedTensor) -> tuple[float, ...]:
-    """The level of each code: the format's, or those stored with the tensor."""
-    if packed.levels is None:
-        return packed.format.levels
-    return tuple(packed.levels.view(torch.float16).float().tolist())
-
-
-def _levels_of_bytes(
-    codes: Tensor, fmt: Format, levels: tuple[float, ...], width: int, dtype: torch.dtype
-) -> Float[Tensor, "rows width"]:
-    if fmt.family == "half":  # a copy: a view into a payload may begin at an odd byte
-        aligned = codes.clone(memory_format=torch.contiguous_format).flatten()
-        return aligned.view(torch.float16).to(dtype).view(codes.shape[0], width)
-    if fmt.bits == 3:  # two planes: no single byte holds a code
-        table = torch.tensor(levels, dtype=dtype, device=codes.device)
-        return table[unpack_bits(codes, 3, width).int()]
-    table = _byte_table(fmt.bits, levels, dtype, str(codes.device))
-    return embedding(codes.view(torch.uint8).int(), table).reshape(codes.shape[0], width)
-
-
-@lru_cache(maxsize=64)
-def _byte_table(bits: int, levels: tuple[float, ...], dtype: torch.dtype, device: str) -> Float[Tensor, "256 per_byte"]:
-    """Row i holds the levels of the codes in byte i."""
-    every = torch.arange(256, dtype=torch.uint8).view(torch.int8).unsqueeze(1)
-    codes = unpack_bits(every, bits, 8 // bits)
-    return torch.tensor(levels, dtype=dtype)[codes.int()].to(device)
-
-
-def tiles(packed: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
-    """Dequantize a matrix a few rows at a time, so that no more than one tile of about TILE values lives at once."""
-    columns = packed.shape[-1]
-    count = packed.codes.shape[0]
-    step = max(TILE // max(packed.format.width(columns), 1), 1)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        yield rows, _decode_rows(packed, rows, dtype)[:, :columns]
-
-
-def packed_linear(x: Float[Tensor, "*batch columns"], weight: PackedTensor) -> Float[Tensor, "*batch rows"]:
-    """y = x @ decode(weight).T, in the dtype of ``x``; weight [rows, columns]. Raises KernelError on a wrong width."""
-    _check_matrix(x, weight, axis=1)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    for rows, tile in tiles(weight, x.dtype):
-        out[..., rows] = x @ tile.T
-    return out
-
-
-def packed_linear_grad_input(
-    grad: Float[Tensor, "*batch rows"], weight: PackedTensor
-) -> Float[Tensor, "*batch columns"]:
-    """dx = grad @ decode(weight), in the dtype of ``grad``: all that backward needs, the weight being frozen."""
-    _check_matrix(grad, weight, axis=0)
-    out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
-    for rows, tile in tiles(weight, grad.dtype):
-        out += grad[..., rows] @ tile
-    return out
-
-
-def _check_matrix(x: Tensor, weight: PackedTensor, axis: int) -> None:
-    if len(weight.shape) != 2:
-        raise KernelError(f"packed_linear takes a matrix; the weight has shape {weight.shape}.")
-    if x.shape[-1] != weight.shape[axis]:
-        raise KernelError(
-            f"the input has {x.shape[-1]} columns, the {weight.format} weight of shape {weight.shape} needs "
-            f"{weight.shape[axis]}."
-        )
-
-
-def explain() -> str:
-    """Which implementation runs, and why: printed by ``bitloft info``."""
-    return "plain torch definition (no native kernels are part of this version)"
+    if x.shape != packed.shape or (out is not None and out.shape != packed.shape):
+        raise KernelError(f"the residual of a tensor of shape {tuple(x.shape)} and one packed as {packed.shape}.")
+    if cpu_dequantize.takes_residual(x, packed, out):
+        return cpu_dequantize.residual(x, packed, out)
+    return plain.residual(x, packed, out)

@@ -6,15 +6,37 @@ for a 135M model's adapter: far too long for every step, nothing for an adapter 
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bitloft.adapters import Adapter, PackedAdapter
-from bitloft.kernels.ops import decode
+from bitloft.kernels import cpu_lora
+from bitloft.kernels.lora import Block, Factor, values
 from bitloft.packed import PackedTensor
 
-Factor = PackedTensor | Tensor  # [k, width]
-Block = tuple[Factor, Factor]  # a [k, in], bt [k, out], scaling folded in
+
+class Views:
+    """The blocks of an adapter by module, and how native code sees them: described once, used at every step."""
+
+    def __init__(self, blocks: dict[str, list[Block]]) -> None:
+        self.blocks = blocks
+        self._native: dict[str, cpu_lora.Blocks | None] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"blocks": self.blocks, "_native": {}}  # addresses are of no use to a copy
+
+    def native(self, module: str) -> cpu_lora.Blocks | None:
+        """The blocks of a module for ``cpu_lora``; None where the adapter does not touch it."""
+        if module not in self._native:
+            found = self.blocks.get(module)
+            self._native[module] = None if found is None else cpu_lora.Blocks(found)
+        return self._native[module]
+
+    def on(self, module: str, device: torch.device) -> list[Block]:
+        """The blocks of a module on ``device``, where they stay from then on."""
+        found = self.blocks.get(module, [])
+        if found and device_of(found[0][0]) != device:
+            found = self.blocks[module] = [(a.to(device), bt.to(device)) for a, bt in found]
+            self._native.pop(module, None)
+        return found
 
 
 class Held:
@@ -22,19 +44,22 @@ class Held:
 
     def __init__(self, adapter: PackedAdapter | Adapter) -> None:
         self.adapter = adapter
-        self._blocks: dict[str, list[Block]] | None = None
+        self._views: Views | None = None
         self.nbytes = sum(factor.nbytes for pairs in self.blocks().values() for pair in pairs for factor in pair)
 
-    def blocks(self) -> dict[str, list[Block]]:
+    def views(self) -> Views:
         """The blocks of every module that is touched; a plain adapter's factors stay floats, with B scaled."""
-        if self._blocks is None:
+        if self._views is None:
             if isinstance(self.adapter, PackedAdapter):
                 named = ((name, module.blocks) for name, module in self.adapter.modules.items())
-                self._blocks = {name: [(block.a, block.bt) for block in blocks] for name, blocks in named if blocks}
+                self._views = Views({name: [(b.a, b.bt) for b in blocks] for name, blocks in named if blocks})
             else:
                 pairs = self.adapter.pairs
-                self._blocks = {p.name: [(p.a, (p.b * p.scaling).T.contiguous())] for p in pairs}
-        return self._blocks
+                self._views = Views({p.name: [(p.a, (p.b * p.scaling).T.contiguous())] for p in pairs})
+        return self._views
+
+    def blocks(self) -> dict[str, list[Block]]:
+        return self.views().blocks
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of every module, also of those whose components were all dropped."""
@@ -45,7 +70,7 @@ class Held:
     def release(self) -> None:
         """Drop the views of a packed adapter; the next use makes them again."""
         if isinstance(self.adapter, PackedAdapter):
-            self._blocks = None
+            self._views = None
             forget = getattr(self.adapter.modules, "release", None)  # a plain dict of modules has nothing to forget
             if forget is not None:
                 forget()
@@ -53,21 +78,7 @@ class Held:
     def finite(self, module: str) -> bool:
         """Whether no value of the module's factors is NaN or infinite."""
         factors = (factor for pair in self.blocks().get(module, ()) for factor in pair)
-        return all(bool(torch.isfinite(values(factor, torch.float32)).all()) for factor in factors)
-
-
-def delta(x: Float[Tensor, "rows *length in"], blocks: list[Block]) -> Float[Tensor, "rows *length out"]:
-    """sum over blocks of (x @ a.T) @ bt, in the dtype of x."""
-    parts = [(x @ values(a, x.dtype).T) @ values(bt, x.dtype) for a, bt in blocks]
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-def values(factor: Factor, dtype: torch.dtype) -> Float[Tensor, "k width"]:
-    """What a factor stands for."""
-    return decode(factor, dtype) if isinstance(factor, PackedTensor) else factor.to(dtype)
+        return all(bool(torch.isfinite(values(factor)).all()) for factor in factors)
 
 
 def device_of(factor: Factor) -> torch.device:

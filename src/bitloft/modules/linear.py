@@ -7,6 +7,7 @@ was not registered. T5 casts activations to ``wo.weight.dtype`` unless that is i
 buffers because ``.half()`` or ``.to(bfloat16)`` casts every float buffer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class QuantLinear(nn.Linear):
         self.format, self.rank, self.scaling = format, rank, scaling
         self.start_format = start_format if rank else None
         self.start_enabled = True
+        # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for nothing
+        self.deltas: Callable[[Tensor], Tensor | None] | None = None
         allocate(self, "weight", (out_features, in_features), format, device, parameter=True)
         if self.start_format is not None:
             allocate(self, "a0", (rank, in_features), self.start_format, device)
@@ -82,7 +85,11 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         y = packed_product(
-            input, self.packed_weight(), self.packed_start() if self.start_enabled else None, self.scaling
+            input,
+            self.packed_weight(),
+            self.packed_start() if self.start_enabled else None,
+            self.scaling,
+            None if self.deltas is None else self.deltas(input),
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -113,13 +120,17 @@ def packed_product(
     weight: PackedTensor,
     start: tuple[PackedTensor, PackedTensor] | None,
     scaling: float,
+    addend: Float[Tensor, "*batch rows"] | None = None,
 ) -> Float[Tensor, "*batch rows"]:
-    """x W^T + scaling * (x A0^T) B0^T in the dtype of ``x`` (under autocast, in autocast's); ``start`` is A0, B0^T."""
+    """x W^T + scaling * (x A0^T) B0^T + addend in the dtype of ``x`` (under autocast, in autocast's).
+
+    ``start`` is A0, B0^T; ``addend`` is float32 and added before the sum is rounded.
+    """
     x = _autocast(x)
     y: Tensor = _PackedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     if start is not None:
         y = y + scaling * ((x @ ops.decode(start[0], x.dtype).T) @ ops.decode(start[1], x.dtype))
-    return y
+    return y if addend is None else (y + addend).to(y.dtype)
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -4,12 +4,14 @@ For every adapted ``nn.Linear`` (QuantLinear is one) and every adapter in the ba
 
     y[rows] += sum over blocks of (x[rows] @ decode(a).T) @ decode(bt)      a [k, in], bt [k, out], scaling folded in
 
-in the dtype of ``x``. Adapters stay packed in memory; factors are decoded for the call and dropped.
+summed in float32 (``kernels.lora``). Adapters stay packed in memory: native code reads their bytes, plain torch decodes
+the factors for the call and drops them.
 
-The bank adds through forward hooks. The alternative, wrapper modules as PEFT has them, renames every adapted weight in
-``state_dict`` and hides QuantLinear from code that asks for the type; a removed hook leaves the model as it was. Which
-rows belong to whom travels in a context variable, because models do not hand unknown keyword arguments down to their
-linears; it also keeps two threads that use one model apart.
+A QuantLinear asks the bank for the sum and adds it before it rounds its product; any other linear has rounded by then,
+and gets it through a forward hook. The alternative, wrapper modules as PEFT has them, renames every adapted weight in
+``state_dict`` and hides QuantLinear from code that asks for the type; what is removed here leaves the model as it was.
+Which rows belong to whom travels in a context variable, because models do not hand unknown keyword arguments down to
+their linears; it also keeps two threads that use one model apart.
 """
 
 import inspect
@@ -17,29 +19,54 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bitloft.adapters import Adapter, PackedAdapter
 from bitloft.errors import AdapterError
-from bitloft.modules.held import Block, Held, delta, device_of
+from bitloft.kernels import cpu_lora
+from bitloft.kernels.lora import Segment, multi_lora
+from bitloft.modules.held import Held, Views
+from bitloft.modules.linear import QuantLinear
 
 BASE = "__base__"  # PEFT's spelling of "no adapter" in adapter_names
 
 IN_USE = 64  # adapters whose views are kept between forwards; the others are only their bytes
 
-Index = slice | Tensor
-Blocks = dict[str, list[Block]]  # by module path
+
+class _Batch:
+    """One batch size of a plan: which rows take which adapter."""
+
+    def __init__(self, size: int, segments: Sequence[tuple[Views, tuple[int, ...]]]) -> None:
+        self.segments = segments
+        self.rows = cpu_lora.Rows(size, [rows for _, rows in segments])
+        self.touched = frozenset(module for views, _ in segments for module in views.blocks)
+        self._jobs: dict[str, cpu_lora.Job] = {}
+
+    def job(self, module: str, features: int) -> cpu_lora.Job:
+        """The native side of one module, described once for the plan."""
+        found = self._jobs.get(module)
+        if found is None:
+            own = [views.native(module) for views, _ in self.segments]
+            found = self._jobs[module] = cpu_lora.Job(features, self.rows, own)
+        return found
+
+    def on(self, module: str, device: torch.device) -> list[Segment]:
+        """The same for ``kernels.lora``."""
+        return [Segment(rows, tuple(views.on(module, device))) for views, rows in self.segments]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which rows of a batch take which adapter's blocks: a list for each batch size that may occur."""
+    """A batch for each number of rows that may occur, and what it was made of."""
 
-    segments: Mapping[int, tuple[tuple[Blocks, Index], ...]]
+    names: tuple[str | None, ...]
+    expand: int
+    batches: Mapping[int, _Batch]
 
 
 _ACTIVE: ContextVar[Mapping[int, _Plan]] = ContextVar("bitloft_rows", default=MappingProxyType({}))  # by id(bank)
@@ -53,6 +80,10 @@ class AdapterBank:
         self._held: dict[str, Held] = {}
         self._recent: dict[str, None] = {}  # names whose views exist, the latest used last
         self._hooks: dict[str, _Hook] = {}  # by module path, present while an adapter touches the module
+        self._last: _Plan | None = None  # the steps of a batch ask for the same rows again and again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # its addresses are of no use to a copy
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,7 +110,7 @@ class AdapterBank:
             self._check(name, module, pair, held)
         for module in held.blocks():
             if module not in self._hooks:
-                self._hooks[module] = _Hook(self, module, self.model.get_submodule(module))
+                self._hooks[module] = _Hook(self, module, cast(nn.Linear, self.model.get_submodule(module)))
             self._hooks[module].users += 1
         held.release()
         self._held[name] = held
@@ -92,8 +123,9 @@ class AdapterBank:
             hook = self._hooks[module]
             hook.users -= 1
             if not hook.users:
-                hook.handle.remove()
+                hook.remove()
                 del self._hooks[module]
+        self._last = None
 
     @contextmanager
     def rows(self, names: Sequence[str | None], expand: int = 1) -> Iterator[None]:
@@ -109,22 +141,30 @@ class AdapterBank:
         finally:
             _ACTIVE.reset(token)
 
+    def segments(self, names: Sequence[str | None]) -> Sequence[tuple[Views, tuple[int, ...]]]:
+        """The adapters of a batch, each with its rows, for who runs the layers without their modules."""
+        return self._plan(names, 1).batches[len(names)].segments
+
     def _plan(self, names: Sequence[str | None], expand: int) -> _Plan:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names is {names!r}; give a list with one name for each row of the batch.")
         if self.model.training:
             raise AdapterError("rows of different adapters are for inference; call model.eval() first.")
-        blocks = {name: self._in_use(name) for name in names if name is not None and name != BASE}
-        plans = {}
+        last, asked = self._last, (tuple(names), expand)
+        if last is not None and (last.names, last.expand) == asked:
+            return last
+        views = {name: self._in_use(name) for name in names if name is not None and name != BASE}
+        batches = {}
         for repeat in {1, expand}:
             owners = [name for name in names for _ in range(repeat)]
-            rows = {name: [i for i, owner in enumerate(owners) if owner == name] for name in blocks}
-            plans[len(owners)] = tuple((blocks[name], _index(found)) for name, found in rows.items())
-        return _Plan(plans)
+            rows = {name: tuple(i for i, owner in enumerate(owners) if owner == name) for name in views}
+            batches[len(owners)] = _Batch(len(owners), [(views[name], found) for name, found in rows.items()])
+        self._last = _Plan(*asked, batches)
+        return self._last
 
-    def _in_use(self, name: str) -> Blocks:
+    def _in_use(self, name: str) -> Views:
         """The blocks of an adapter; those longest out of use are reduced to their bytes."""
-        found = self._held[self._known(name)].blocks()
+        found = self._held[self._known(name)].views()
         self._recent.pop(name, None)
         self._recent[name] = None
         for other in list(self._recent)[:-IN_USE]:  # a plan that still runs keeps its own reference
@@ -166,33 +206,52 @@ class AdapterBank:
 
 
 class _Hook:
-    """The forward hook of one module that ``users`` adapters touch."""
+    """What the bank adds at one module that ``users`` adapters touch."""
 
-    def __init__(self, bank: AdapterBank, module: str, linear: nn.Module) -> None:
-        self.bank, self.module = bank, module
+    def __init__(self, bank: AdapterBank, module: str, linear: nn.Linear) -> None:
+        self.bank, self.module, self.features = bank, module, linear.out_features
         self.users = 0
-        self.handle = linear.register_forward_hook(self, with_kwargs=True)
+        if isinstance(linear, QuantLinear):
+            linear.deltas = self.deltas
+            self.remove: Callable[[], None] = partial(setattr, linear, "deltas", None)
+        else:
+            self.remove = linear.register_forward_hook(self, with_kwargs=True).remove
 
-    def __call__(self, linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def deltas(self, x: Tensor) -> Tensor | None:
+        """The sum for each row of ``x``, float32; None where no adapter of the batch touches the module."""
+        batch = self._batch(x)
+        if batch is None or self.module not in batch.touched:
+            return None
+        if not cpu_lora.at_once(x):
+            return multi_lora(x, batch.on(self.module, x.device), self.features)
+        out = torch.empty(*x.shape[:-1], self.features)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features).to(out, add=False)])
+        return out
+
+    def __call__(
+        self, linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        batch = self._batch(x)
+        if batch is None or self.module not in batch.touched:
+            return None
+        if not cpu_lora.at_once(x, output):
+            return (output + multi_lora(x, batch.on(self.module, x.device), self.features)).to(output.dtype)
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features).to(output, add=True)])  # a fresh output
+        return None
+
+    def _batch(self, x: Tensor) -> _Batch | None:
         plan = _ACTIVE.get().get(id(self.bank))
         if plan is None:
-            return
-        x: Tensor = args[0] if args else kwargs["input"]
-        segments = plan.segments.get(x.shape[0])
-        if segments is None:
-            expected = " or ".join(str(n) for n in sorted(plan.segments))
+            return None
+        batch = plan.batches.get(x.shape[0])
+        if batch is None:
+            expected = " or ".join(str(n) for n in sorted(plan.batches))
             raise AdapterError(
                 f"module {self.module!r} got a batch of {x.shape[0]} rows where adapter names were given for "
                 f"{expected}; give one name for each row."
             )
-        for blocks, index in segments:
-            found = blocks.get(self.module)
-            if found is None:  # an adapter need not touch every module
-                continue
-            if device_of(found[0][0]) != x.device:
-                found = blocks[self.module] = [(a.to(x.device), bt.to(x.device)) for a, bt in found]
-            # in place: the linear's output is fresh and its backward does not read it
-            output[index] += delta(x[index], found).to(output.dtype)
+        return batch
 
 
 class AdapterNames:
@@ -233,10 +292,3 @@ def _expansion(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     asked = (kwargs.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences"))
     return max(1, *(count or 1 for count in asked))
-
-
-def _index(rows: list[int]) -> Index:
-    """A slice where the rows are neighbours, so that no copy is gathered."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows)

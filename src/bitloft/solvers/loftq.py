@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitloft.errors import OptionError
 from bitloft.formats import Format
-from bitloft.kernels.ops import decode, encode
-from bitloft.solvers.base import Solution, pack_start, relative
+from bitloft.kernels.ops import decode, encode, residual
+from bitloft.solvers.base import Solution, norm, pack_start, ratio
 from bitloft.solvers.lowrank import ITERATIONS, balanced_factors, truncated_svd
 
 # `auto` steps: the error falls by about 2 % a step at first; below a thousandth a step costs more than it repairs.
@@ -42,19 +42,21 @@ def loftq(
     if rank > min(weight.shape):
         raise OptionError(f"rank {rank} exceeds min(m, n) = {min(weight.shape)} of a {tuple(weight.shape)} matrix.")
     best: Solution | None = None
+    size = norm(weight)
     before, warm, target = 0.0, None, weight
+    # two buffers for all steps: to fault in a fresh one costs as much as the passes over it
+    rest, lowered = torch.empty_like(weight), torch.empty_like(weight)
     for step in range(MOST if steps is None else steps):
         packed = encode(target, fmt)
-        # written over Q, and below over itself: to fault in a fresh buffer costs as much as the pass over it
-        residual = torch.sub(weight, dense := decode(packed), out=dense)
+        error = residual(weight, packed, out=rest)
         if step == 0:
-            before = relative(residual, weight)
+            before = ratio(error, size)
         passes = ITERATIONS if warm is None else WARM_ITERATIONS
-        u, s, vt = truncated_svd(residual, rank, generator, start=warm, iterations=passes)
+        u, s, vt = truncated_svd(rest, rank, generator, start=warm, iterations=passes)
         start = pack_start(*balanced_factors(u, s, vt, scaling), scaling, start_format)
         a, b, warm = decode(start.a), decode(start.bt).T, vt.T
-        found = Solution(packed, start, before, relative(residual.addmm_(b, a, alpha=-scaling), weight))
-        target = torch.addmm(weight, b, a, alpha=-scaling)
+        target = torch.addmm(weight, b, a, alpha=-scaling, out=lowered)
+        found = Solution(packed, start, before, ratio(residual(target, packed), size))
         settled = best is not None and found.error_after >= best.error_after * (1 - SETTLED)
         best = _better(best, found)
         if steps is None and settled:

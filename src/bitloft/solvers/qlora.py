@@ -4,12 +4,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitloft.formats import Format
-from bitloft.kernels.ops import decode, encode
-from bitloft.solvers.base import Solution, relative
+from bitloft.kernels.ops import encode, residual
+from bitloft.solvers.base import Solution, norm, ratio
 
 
 def qlora(weight: Float[Tensor, "rows columns"], fmt: Format) -> Solution:
     """Q = round(W) in ``fmt``. B = 0 costs nothing to leave out, so no start is stored."""
     packed = encode(weight, fmt)
-    error = relative(weight - decode(packed), weight)
+    error = ratio(residual(weight, packed), norm(weight))
     return Solution(packed, None, error, error)

@@ -10,7 +10,7 @@ from bitloft.adapters import PackedBlock, read_adapter, read_packed
 from bitloft.compress import compress
 from bitloft.errors import OptionError
 from bitloft.kernels.ops import decode
-from bitloft.modules.tuned import Coded, Plain, applied, packed_again
+from bitloft.modules.trial import Coded, Plain, applied, packed_again
 from tests.helpers import make_adapter
 
 

@@ -1,0 +1,206 @@
+"""Decoding without a framework in between: one native call for each token of a Llama, Mistral or Qwen2.
+
+A step of transformers at 22 layers costs milliseconds of Python before anything is multiplied, as much as the packed
+products themselves. Here prompts are read by transformers, whose keys and values are taken over, and every further
+token is one call of ``kernels.cpu_decoder``. What differs from Llama in any way that ``reason`` knows of keeps decoding
+through transformers: the alternative, compiling whatever model comes, needs a compiler on the user's machine and a
+minute of his time at every start.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from bitloft.errors import KernelError
+from bitloft.kernels import cpu
+from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment
+from bitloft.kernels.cpu_linear import multiplies
+from bitloft.modules.linear import QuantLinear
+from bitloft.modules.multi import AdapterBank
+
+TAKEN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
+POSITIONS = 2048  # of the first table of angles; it is doubled when a row comes to its end
+
+
+def reason(model: nn.Module) -> str | None:
+    """Why ``model`` has to decode through transformers, or None where ``Decoder`` takes it."""
+    if cpu.library() is None:
+        return cpu.explain()
+    if type(model) not in TAKEN:
+        return f"a {type(model).__name__} is not Llama, Mistral or Qwen2"
+    assert_known: Any = model
+    return _config_reason(assert_known.config) or _parts_reason(assert_known)
+
+
+def _config_reason(config: Any) -> str | None:
+    if config.hidden_act != "silu":
+        return f"its gate is {config.hidden_act}, not silu"
+    rotation = config.rope_parameters["rope_type"]
+    if rotation not in ROTATIONS or config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"its positions are of type {rotation}"
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (not kinds and window and window < config.max_position_embeddings):
+        return "its attention has a window"
+    widths = (config.hidden_size, config.intermediate_size, _head_width(config))
+    return "16 does not divide its widths" if any(width % 16 for width in widths) else None
+
+
+def _parts_reason(model: Any) -> str | None:
+    for name, module in model.model.layers.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if type(module) is not QuantLinear:
+            return f"layers.{name} is a {type(module).__name__}, not packed"
+        if module.weight.device.type != "cpu":
+            return f"it lies on {module.weight.device}"
+        if not multiplies(module.format):
+            return f"layers.{name} is stored in {module.format}, which is decoded before it is multiplied"
+    if model.model.norm.weight.dtype != torch.float32:
+        return f"it computes in {model.model.norm.weight.dtype}; the native step is float32"
+    return "it is in training mode" if model.training else None
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+class Row:
+    """One text in progress: its keys [layers, heads, width, slots] and values [layers, heads, slots, width] so far.
+
+    A row owns its memory: rows of different lengths decode together unpadded, and join or leave a batch by being in the
+    list or not. Memory doubles when it is full.
+    """
+
+    def __init__(
+        self, keys: Float[Tensor, "layers heads length width"], values: Float[Tensor, "layers heads length width"]
+    ) -> None:
+        self.length = keys.shape[2]
+        slots = _slots(self.length + 1)
+        self.keys = pad(keys.transpose(2, 3), (0, slots - self.length)).contiguous()
+        self.values = pad(values, (0, 0, 0, slots - self.length)).contiguous()
+
+    @property
+    def capacity(self) -> int:
+        return self.values.shape[2]
+
+    def make_room(self) -> None:
+        """Be able to take one more token."""
+        if self.length == self.capacity:
+            self.keys = pad(self.keys, (0, self.capacity))
+            self.values = pad(self.values, (0, 0, 0, self.capacity))
+
+
+def _slots(tokens: int) -> int:
+    return -(-tokens // SLOTS) * SLOTS
+
+
+class Decoder:
+    """``model`` as rows of tokens in, logits out. It describes the model as it is now: make another after a change.
+
+    Raises KernelError where ``reason`` has one.
+    """
+
+    def __init__(self, model: PreTrainedModel, bank: AdapterBank | None = None) -> None:
+        why = reason(model)
+        if why is not None:
+            raise KernelError(f"the native decoder cannot take this model: {why}.")
+        self.model: Any = model
+        self.bank = bank or AdapterBank(model)
+        self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
+        body, config = self.model.model, self.model.config
+        self.context: int = config.max_position_embeddings
+        self._native = NativeDecoder(
+            [_layer(f"model.layers.{i}", layer) for i, layer in enumerate(body.layers)],
+            norm=body.norm.weight.data,
+            heads=(config.num_attention_heads, config.num_key_value_heads, _head_width(config)),
+            eps=config.rms_norm_eps,
+            scale=body.layers[0].self_attn.scaling,
+        )
+        self._positions(min(POSITIONS, self.context))
+
+    @torch.no_grad()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str | None] | None = None
+    ) -> tuple[list[Row], Float[Tensor, "rows vocabulary"]]:
+        """Read prompts of one token or more, prompt i by the adapter ``names[i]`` of the bank (None: by the base).
+
+        Returns their rows and the logits of the tokens that follow.
+        """
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with self.bank.rows(names or [None] * len(prompts)):
+            out = self.model(**given, use_cache=True, logits_to_keep=1)
+        return rows_of(out.past_key_values, mask), out.logits[:, -1]
+
+    @torch.no_grad()
+    def step(
+        self, rows: Sequence[Row], tokens: Sequence[int], names: Sequence[str | None] | None = None
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Append a token to each row; returns the logits of the next ones. Raises KernelError beyond the context."""
+        names = names or [None] * len(rows)
+        for row in rows:
+            row.make_room()
+        most = max(row.length for row in rows) + 1
+        if most > self._native.positions:
+            self._positions(min(max(most, 2 * self._native.positions), self.context))
+        hidden = self.model.model.embed_tokens(torch.tensor(tokens))
+        caches = [(row.keys, row.values, row.length) for row in rows]
+        self._native.step(hidden, caches, self._plan_of(names))
+        for row in rows:
+            row.length += 1
+        with self.bank.rows(names):  # an adapter may touch the head
+            logits: Tensor = self.model.lm_head(hidden)
+        return logits
+
+    def _plan_of(self, names: Sequence[str | None]) -> Plan:
+        if self._plan is None or self._plan[0] != names:
+            segments = [Segment(rows, views.native) for views, rows in self.bank.segments(names)]
+            self._plan = names, self._native.plan(len(names), segments)
+        return self._plan[1]
+
+    def _positions(self, count: int) -> None:
+        """Tables of the angles of positions 0 .. count - 1."""
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), torch.arange(count)[None])
+        self._native.rotate(cos[0].contiguous(), sin[0].contiguous())
+
+
+@torch.no_grad()
+def rows_of(cache: Any, mask: Int[Tensor, "rows slots"]) -> list[Row]:
+    """The rows of a transformers cache that was filled from the left-padded ``mask``."""
+    keys, values = ([layer[i] for layer in cache] for i in (0, 1))
+    lengths = mask.sum(1).tolist()
+    return [
+        Row(torch.stack([k[i, :, -n:] for k in keys]), torch.stack([v[i, :, -n:] for v in values]))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _layer(name: str, layer: Any) -> NativeLayer:
+    def projections(part: str, *linears: str) -> list[Projection]:
+        parent = getattr(layer, part)
+        return [_projection(f"{name}.{part}.{linear}", getattr(parent, linear)) for linear in linears]
+
+    return NativeLayer(
+        layer.input_layernorm.weight.data,
+        layer.post_attention_layernorm.weight.data,
+        attention=projections("self_attn", "q_proj", "k_proj", "v_proj"),
+        output=projections("self_attn", "o_proj"),
+        gates=projections("mlp", "gate_proj", "up_proj"),
+        down=projections("mlp", "down_proj"),
+    )
+
+
+def _projection(name: str, linear: QuantLinear) -> Projection:
+    start = linear.packed_start() if linear.start_enabled else None
+    bias = None if linear.bias is None else linear.bias.data
+    return Projection(name, linear.packed_weight(), bias, start, linear.scaling)

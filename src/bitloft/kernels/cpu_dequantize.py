@@ -1,0 +1,84 @@
+"""``decode`` and rows by number by the native library (``native/dequantize.cpp``): the same bytes as the definition.
+
+A row is decoded straight to the wanted dtype; the definition goes through a table per byte and passes over the whole
+matrix for scales and shifts. Other dtypes than float32, bfloat16 and float16 are left to it.
+"""
+
+import ctypes
+import math
+from ctypes import POINTER, byref, c_double, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bitloft.errors import KernelError
+from bitloft.kernels import cpu
+from bitloft.packed import PackedTensor
+
+
+def takes(packed: PackedTensor, dtype: torch.dtype) -> bool:
+    """Whether the native library decodes this: it is there, the parts are on the CPU, and it knows the dtype."""
+    return cpu.takes(packed) and dtype in cpu.DTYPES
+
+
+def decode(packed: PackedTensor, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """See ``plain.decode``."""
+    out = torch.empty(packed.shape, dtype=dtype)
+    _run(packed, None, packed.codes.shape[0], out)
+    return out
+
+
+def decode_rows(packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.dtype) -> Float[Tensor, "some columns"]:
+    """See ``plain.decode_rows``. Raises IndexError for a row that does not exist."""
+    if len(packed.shape) != 2:
+        raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
+    out = torch.empty(rows.numel(), packed.shape[1], dtype=dtype)
+    _run(packed, rows.to(torch.int64).contiguous(), rows.numel(), out)
+    return out
+
+
+def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, out: Tensor | None) -> float:
+    """See ``plain.residual``; the squares are summed in double."""
+    total = c_double()
+    to = None if out is None else out.data_ptr()
+    cpu.done(_residual()(byref(cpu.matrix(packed)), x.data_ptr(), x.numel(), to, byref(total), cpu.threads()))
+    return math.sqrt(total.value)
+
+
+def takes_residual(x: Tensor, packed: PackedTensor, out: Tensor | None) -> bool:
+    """Whether the native library takes these: float32 on the CPU, contiguous."""
+    given = (x,) if out is None else (x, out)
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in given)
+    return plain and cpu.takes(packed)
+
+
+def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> None:
+    index = None if rows is None else rows.data_ptr()
+    call, kind = _function(), cpu.DTYPES[out.dtype]
+    status = call(byref(cpu.matrix(packed)), index, count, out.data_ptr(), out.nbytes, kind, cpu.threads())
+    if status > 0:
+        raise IndexError(f"a row number is outside the {packed.format} matrix of shape {packed.shape}.")
+    cpu.done(status)
+
+
+@cache
+def _function() -> "ctypes._NamedFuncPointer":
+    call = _library().bl_dequantize
+    call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int)
+    return call
+
+
+@cache
+def _residual() -> "ctypes._NamedFuncPointer":
+    call = _library().bl_residual
+    call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, POINTER(c_double), c_int)
+    return call
+
+
+def _library() -> ctypes.CDLL:
+    native = cpu.library()
+    if native is None:
+        raise KernelError("dequantize has no native library here; use the plain definition.")
+    return native

@@ -1,0 +1,279 @@
+// bl_packed_linear: checks the call, prepares the input, and shares blocks of sixty-four output rows among threads.
+//
+// A block is computed by one thread from beginning to end, so the result does not depend on how many there are. Memory
+// for a call is kept per thread and only grows: an allocation of this size costs as much as a small product.
+#include "linear.hpp"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "block.hpp"
+#include "errors.hpp"
+#include "kernels.hpp"
+#include "matrix.hpp"
+#include "pool.hpp"
+#include "product.hpp"
+
+namespace bl {
+namespace {
+
+constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
+constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
+constexpr int64_t TASKS_PER_THREAD = 8;
+
+class Memory {
+ public:
+  // At least `bytes`, on a cache line; what was there before may be lost.
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      held_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
+      size_ = bytes;
+    }
+    return held_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<char, Free> held_;
+  int64_t size_ = 0;
+};
+
+thread_local Memory inputs, room;
+
+// One matrix of the call, and the input as its kernel wants it.
+struct Part {
+  const bl_product* product;
+  const bl_matrix* matrix;
+  Input input;
+  int64_t units, groups, group_units, blocks;
+  bool arranged, offsets;
+  float levels[16];
+  int same;         // the first part whose prepared input serves this one too
+  int64_t x_bytes;  // of one prepared row
+  char* x;
+  float* sums;
+};
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table) {
+  const bl_matrix& m = *product.weight;
+  Part part{};
+  part.product = &product, part.matrix = &m;
+  part.units = up(m.width, unit_columns(m.bits)) / unit_columns(m.bits);
+  part.groups = m.groups > 1 ? m.groups : 1;
+  part.group_units = m.groups > 1 ? m.group / unit_columns(m.bits) : part.units;
+  part.blocks = up(m.rows, BLOCK) / BLOCK;
+  part.arranged = (m.flags & BL_ARRANGED) != 0;
+  part.offsets = m.groups > 0 && (m.zeros != nullptr || m.shifts != nullptr);
+  if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
+  else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
+  else part.input = Input::SINGLE;
+  const int64_t columns = part.units * unit_columns(m.bits);
+  part.x_bytes = up(part.input == Input::SUMS ? part.units * 8 * 64 : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
+  table.read_levels(m, part.levels);
+  return part;
+}
+
+bool same_input(const Part& a, const Part& b) {
+  return a.input == b.input && a.matrix->bits == b.matrix->bits && a.units == b.units && a.groups == b.groups &&
+         a.offsets == b.offsets &&
+         (a.input != Input::SUMS || std::memcmp(a.levels, b.levels, sizeof(float) << a.matrix->bits) == 0);
+}
+
+// A call on up to ROWS_AT_ONCE rows of the input.
+class Call {
+ public:
+  Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count)
+      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Part& part = parts[i];
+      part.same = 0;
+      while (!same_input(parts[part.same], part)) ++part.same;
+      if (part.same == i) bytes += rows * part.x_bytes + up(rows * part.groups * 4, 64);
+      blocks_ += part.blocks;
+    }
+    char* at = static_cast<char*>(inputs.get(bytes));
+    for (int64_t i = 0; i < count; ++i) {
+      Part& part = parts[i];
+      if (part.same != i) {
+        part.x = parts[part.same].x, part.sums = parts[part.same].sums;
+        continue;
+      }
+      part.x = at, at += rows * part.x_bytes;
+      part.sums = reinterpret_cast<float*>(at), at += up(rows * part.groups * 4, 64);
+    }
+  }
+
+  void go(int threads) {
+    if (blocks_ == 0) return;
+    int64_t work = 0;
+    for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
+    if (work < 2 * WORTH_A_THREAD) threads = 1;
+    const int64_t most = threads * TASKS_PER_THREAD;
+    const int64_t per_task = (blocks_ + most - 1) / most, tasks = (blocks_ + per_task - 1) / per_task;
+    Stage prepared, multiplied;
+    run(threads, [&] {
+      prepared.share(rows_, [&](int64_t row) { prepare(row); });
+      multiplied.share(tasks, [&](int64_t task) {
+        const int64_t end = (task + 1) * per_task;
+        for (int64_t b = task * per_task; b < end && b < blocks_; ++b) multiply(b);
+      });
+    });
+  }
+
+ private:
+  void prepare(int64_t row) const {
+    const int64_t size = x_.dtype == BL_F32 ? 4 : 2;
+    for (int64_t i = 0; i < count_; ++i) {
+      const Part& part = parts_[i];
+      if (part.same != i) continue;
+      table_.prepare({
+          .input = part.input,
+          .bits = part.matrix->bits,
+          .dtype = x_.dtype,
+          .x = static_cast<const char*>(x_.values) + (row_ + row) * x_.stride * size,
+          .columns = x_.columns,
+          .units = part.units,
+          .levels = part.levels,
+          .out = part.x + row * part.x_bytes,
+          .sums = part.offsets ? part.sums + row * part.groups : nullptr,
+          .groups = part.groups,
+          .group_columns = part.matrix->groups > 1 ? part.matrix->group : x_.columns,
+      });
+    }
+  }
+
+  void multiply(int64_t block) const {
+    int64_t i = 0;
+    while (block >= parts_[i].blocks) block -= parts_[i++].blocks;
+    const Part& part = parts_[i];
+    const bl_matrix& m = *part.matrix;
+    const Block where{&m, block * BLOCK, m.rows - block * BLOCK < BLOCK ? m.rows - block * BLOCK : BLOCK};
+    const int64_t words = part.units * unit_words(m.bits) * BLOCK, scales = part.groups * BLOCK;
+    float* at = static_cast<float*>(room.get((words + 2 * scales + rows_ * BLOCK + PIECE * BLOCK) * 4));
+    uint32_t* gathered = reinterpret_cast<uint32_t*>(at);
+    float *turned = at + words, *offsets = turned + scales, *totals = offsets + scales, *tile = totals + rows_ * BLOCK;
+    const bool in_order = part.arranged && where.rows == BLOCK;
+    const bool halves = in_order && scales_arranged(m) && std::abs(*m.exponent) < 100;
+    const int64_t scale_bytes = m.groups == 0 || (m.flags & BL_TENSOR) ? 0 : m.flags & BL_DQ ? 1 : 2;
+    if (!in_order) table_.gather(where, gathered);
+    if (!halves || part.offsets) table_.turn_scales(where, in_order, turned, part.offsets ? offsets : nullptr);
+    begin(part, where, totals);
+    table_.product({
+        .bits = m.bits,
+        .input = part.input,
+        .rows = rows_,
+        .groups = part.groups,
+        .group_units = part.group_units,
+        .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + where.row * (m.width * m.bits / 8)) : gathered,
+        .levels = part.levels,
+        .scales = halves ? nullptr : turned,
+        .halves = static_cast<const uint16_t*>(m.scales) + where.row * m.groups,
+        .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
+        .offsets = part.offsets ? offsets : nullptr,
+        .x = part.x,
+        .x_stride = part.x_bytes / 4,
+        .sums = part.sums,
+        .totals = totals,
+        .next = static_cast<const char*>(m.scales) + (where.row + where.rows) * scale_bytes * m.groups,
+        .next_bytes = BLOCK * scale_bytes,
+        .tile = tile,
+    });
+    const bl_product& p = *part.product;
+    const int64_t size = p.dtype == BL_F32 ? 4 : 2;
+    table_.finish({
+        .totals = totals,
+        .rows = rows_,
+        .columns = where.rows,
+        .out = static_cast<char*>(p.out) + (row_ * p.stride + where.row) * size,
+        .stride = p.stride,
+        .dtype = p.dtype,
+    });
+  }
+
+  // What totals start from: bias and addend are added before the sum is rounded to the output's dtype.
+  void begin(const Part& part, const Block& where, float* totals) const {
+    const bl_product& p = *part.product;
+    for (int64_t row = 0; row < rows_; ++row) {
+      float* to = totals + row * BLOCK;
+      std::memset(to, 0, BLOCK * sizeof *to);
+      if (p.addend != nullptr)
+        std::memcpy(to, p.addend + (row_ + row) * part.matrix->rows + where.row, static_cast<size_t>(where.rows) * 4);
+      if (p.bias != nullptr)
+        for (int64_t i = 0; i < where.rows; ++i) to[i] += p.bias[where.row + i];
+    }
+  }
+
+  const Kernels& table_;
+  const bl_input& x_;
+  const int64_t row_, rows_;
+  Part* parts_;
+  const int64_t count_;
+  int64_t blocks_ = 0;
+};
+
+bool known(int32_t dtype) { return dtype == BL_F32 || dtype == BL_BF16 || dtype == BL_F16; }
+
+int check_call(const bl_input& x, const bl_product* products, int64_t count) {
+  if (!known(x.dtype) || x.rows < 0 || x.columns < 0 || (x.rows > 1 && x.stride < x.columns) ||
+      (x.values == nullptr && x.rows * x.columns > 0))
+    return fail("packed_linear has no input of %lld x %lld values.", (long long)x.rows, (long long)x.columns);
+  for (int64_t i = 0; i < count; ++i) {
+    const bl_product& p = products[i];
+    if (check(p.weight)) return -1;
+    if (p.weight->columns != x.columns)
+      return fail("the input has %lld columns, the weight needs %lld.", (long long)x.columns, (long long)p.weight->columns);
+    if (!multiplies(*p.weight)) return fail("codes of %d bits in groups of %lld are not multiplied here.", p.weight->bits, (long long)p.weight->group);
+    if (!known(p.dtype) || (x.rows > 1 && p.stride < p.weight->rows) || (p.out == nullptr && x.rows * p.weight->rows > 0))
+      return fail("packed_linear has no output of %lld x %lld values.", (long long)x.rows, (long long)p.weight->rows);
+  }
+  return 0;
+}
+
+}  // namespace
+
+bool multiplies(const bl_matrix& m) {
+  return m.bits <= 4 && (m.groups <= 1 || m.group % unit_columns(m.bits) == 0);
+}
+
+}  // namespace bl
+
+extern "C" {
+
+int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t count, int32_t flags, int threads) {
+  const bl::Kernels* table = bl::kernels();
+  if (table == nullptr || bl::check_call(*x, products, count)) return -1;
+  constexpr int64_t AT_ONCE = 8;  // matrices
+  for (int64_t first = 0; first < count; first += AT_ONCE) {
+    bl::Part parts[AT_ONCE];
+    const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
+    for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table);
+    for (int64_t row = 0; row < x->rows; row += bl::ROWS_AT_ONCE) {
+      const int64_t left = x->rows - row, rows = left < bl::ROWS_AT_ONCE ? left : bl::ROWS_AT_ONCE;
+      bl::Call(*table, *x, row, rows, parts, some).go(threads);
+    }
+  }
+  return 0;
+}
+
+int bl_multiplies(const bl_matrix* matrix) { return bl::check(matrix) == 0 && bl::multiplies(*matrix); }
+
+int bl_arrange(bl_matrix* matrix, uint8_t* codes, void* scales, int back, int threads) {
+  const bl::Kernels* table = bl::kernels();
+  if (table == nullptr || bl::check(matrix)) return -1;
+  const bl_matrix& m = *matrix;
+  if (!bl::can_arrange(m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
+  bl::Stage stage;
+  bl::run(threads, [&] {
+    stage.share(m.rows / bl::BLOCK, [&](int64_t block) { table->arrange({&m, block * bl::BLOCK, bl::BLOCK}, codes, static_cast<uint16_t*>(scales), back != 0); });
+  });
+  return 0;
+}
+}

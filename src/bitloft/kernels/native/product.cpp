@@ -1,0 +1,391 @@
+// Sixty-four rows of a packed matrix times rows of the input: see product.hpp for the order of the codes.
+//
+// Every total is the sum over groups of scale * (sum of level * x in the order of the pairs), however many input rows
+// there are: `direct` looks levels up as it goes, for up to FEW rows; `tiled` writes them down once and multiplies them
+// with all rows, in the same order. Only Input::SUMS, for one row, adds pairs of products from a table first.
+//
+// Compiled once per instruction set.
+#include "kernels.hpp"
+#include "product.hpp"
+#include "words.hpp"
+
+#if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
+#define BL_INLINE inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma(BL_TEXT(GCC unroll n))
+#define BL_TEXT(x) #x
+#else  // sixteen lanes are a loop themselves: more of it would only be more code
+#define BL_INLINE inline
+#define UNROLL(n)
+#endif
+
+namespace bl::BL_ISA {
+
+namespace {
+
+constexpr int VECTORS = BLOCK / 16;
+constexpr int MOST = 6;  // rows of the input whose sums fit the registers beside four vectors of values
+constexpr int AHEAD = 8192;  // bytes of codes fetched ahead: a hardware prefetcher alone leaves half the bandwidth
+
+// Two codes of a unit for each of sixteen rows, at the bottom of both halves of a word; `i` is known when compiled.
+template <int BITS>
+BL_INLINE Words pair_at(const uint32_t* codes, int i) {
+  if constexpr (BITS == 3) {
+    if (i < 15) return right(load_words(codes + i / 5 * BLOCK), 3 * (i % 5));
+    const Words first = right(load_words(codes), 15), second = right(load_words(codes + BLOCK), 14);
+    const Words third = right(load_words(codes + 2 * BLOCK), 13);
+    return select(all_words(0x00030003), select(all_words(0x00010001), first, second), third);
+  }
+  return right(load_words(codes), BITS * i);
+}
+
+// sum + value * x, or the dot product of two pairs
+template <Input INPUT>
+BL_INLINE Lanes step(Lanes sum, Lanes value, uint32_t x) {
+#if defined(BL_HAS_avx512)
+  if constexpr (INPUT == Input::PAIRS) return dot(sum, {_mm512_castps_si512(value.v)}, all_words(x));
+#endif
+  float number;
+  std::memcpy(&number, &x, sizeof number);
+  return fma(value, all(number), sum);
+}
+
+// What a unit contributes: X words of the input, each used with STEPS vectors of values of sixteen rows.
+template <int BITS, Input INPUT>
+struct Unit;
+
+template <int BITS>
+struct Unit<BITS, Input::SINGLE> {
+  static constexpr int STEPS = unit_columns(BITS), X = STEPS;
+  Book<BITS> book;
+  explicit Unit(const float* levels) : book(levels) {}
+
+  BL_INLINE Lanes values(const uint32_t* codes, int i) const {
+    const Words pair = pair_at<BITS>(codes, i / 2);
+    return book.find(i % 2 == 0 ? pair : right(pair, 16));
+  }
+};
+
+#if defined(BL_HAS_avx512)
+template <int BITS>
+struct Unit<BITS, Input::PAIRS> {
+  static constexpr int STEPS = unit_columns(BITS) / 2, X = STEPS;
+  PairBook<BITS> book;
+  explicit Unit(const float* levels) : book(levels) {}
+
+  BL_INLINE Lanes values(const uint32_t* codes, int i) const {
+    return {_mm512_castsi512_ps(book.find(pair_at<BITS>(codes, i)).v)};
+  }
+};
+#endif
+
+// The part of a group that one look at the scale ends: calls f(first unit, units, group).
+template <int BITS, class F>
+BL_INLINE void each_piece(const Product& p, F&& f) {
+  constexpr int64_t most = PIECE / unit_columns(BITS);
+  for (int64_t group = 0; group < p.groups; ++group) {
+    for (int64_t unit = 0; unit < p.group_units; unit += most) {
+      const int64_t left = p.group_units - unit;
+      f(group * p.group_units + unit, left < most ? left : most, group);
+    }
+  }
+}
+
+template <int BITS>
+BL_INLINE void fetch_ahead(const uint32_t* codes) {
+UNROLL(12)
+  for (int line = 0; line < unit_words(BITS) * VECTORS; ++line)
+    __builtin_prefetch(reinterpret_cast<const char*>(codes) + AHEAD + line * 64);
+}
+
+BL_INLINE void fetch_scales(const Product& p, int64_t group) {
+  for (int64_t byte = 0; byte < p.next_bytes; byte += 64) __builtin_prefetch(p.next + group * p.next_bytes + byte);
+}
+
+template <int ROWS>
+BL_INLINE void add_scaled(const Lanes* sums, const Product& p, int64_t group, float* totals) {
+UNROLL(4)
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t at = group * BLOCK + v * 16;
+    const Lanes scale = p.scales != nullptr
+                            ? load(p.scales + at)
+                            : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
+UNROLL(6)
+    for (int r = 0; r < ROWS; ++r) {
+      float* total = totals + r * BLOCK + v * 16;
+      store(total, fma(sums[r * VECTORS + v], scale, load(total)));
+    }
+  }
+}
+
+template <int BITS, Input INPUT, int ROWS>
+void direct(const Product& p) {
+  using Part = Unit<BITS, INPUT>;
+  const Part part(p.levels);
+  each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
+    Lanes sums[ROWS * VECTORS];
+UNROLL(16)
+    for (int i = 0; i < ROWS * VECTORS; ++i) sums[i] = none();
+    const uint32_t* codes = p.codes + unit * unit_words(BITS) * BLOCK;
+    const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
+    for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, x += Part::X) {
+      fetch_ahead<BITS>(codes);
+UNROLL(32)
+      for (int i = 0; i < Part::STEPS; ++i) {
+        Lanes values[VECTORS];
+UNROLL(4)
+        for (int v = 0; v < VECTORS; ++v) values[v] = part.values(codes + v * 16, i);
+UNROLL(4)
+        for (int r = 0; r < ROWS; ++r) {
+          const uint32_t number = x[r * p.x_stride + i];
+UNROLL(4)
+          for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = step<INPUT>(sums[r * VECTORS + v], values[v], number);
+        }
+      }
+    }
+    add_scaled<ROWS>(sums, p, group, p.totals);
+    fetch_scales(p, group);
+  });
+}
+
+// One row, 1 or 2 bits, in float32: four bits of codes choose one of sixteen sums of products.
+template <int BITS>
+void by_sums(const Product& p) {
+  each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
+    Lanes sums[VECTORS] = {none(), none(), none(), none()};
+    const uint32_t* codes = p.codes + unit * BLOCK;
+    const float* table = static_cast<const float*>(p.x) + unit * 8 * 16;
+    for (int64_t u = 0; u < units; ++u, codes += BLOCK, table += 8 * 16) {
+      fetch_ahead<BITS>(codes);
+UNROLL(8)
+      for (int i = 0; i < 8; ++i)
+UNROLL(4)
+        for (int v = 0; v < VECTORS; ++v)
+          sums[v] = add(sums[v], find_sum(right(load_words(codes + v * 16), 4 * i), table + 16 * i));
+    }
+    add_scaled<1>(sums, p, group, p.totals);
+    fetch_scales(p, group);
+  });
+}
+
+// A piece written down for many rows: values of sixty-four rows for one step after the other.
+template <int BITS, Input INPUT>
+BL_INLINE void write_down(const Unit<BITS, INPUT>& part, const uint32_t* codes, int64_t units, float* tile) {
+  for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, tile += part.STEPS * BLOCK) {
+    fetch_ahead<BITS>(codes);
+UNROLL(32)
+    for (int i = 0; i < part.STEPS; ++i)
+UNROLL(4)
+      for (int v = 0; v < VECTORS; ++v) store(tile + i * BLOCK + v * 16, part.values(codes + v * 16, i));
+  }
+}
+
+template <Input INPUT, int ROWS>
+void multiply_rows(const Product& p, int64_t group, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
+  const int64_t stride = p.x_stride;
+  Lanes sums[ROWS * VECTORS];
+UNROLL(24)
+  for (int i = 0; i < ROWS * VECTORS; ++i) sums[i] = none();
+  for (int64_t i = 0; i < steps; ++i, tile += BLOCK) {
+    Lanes values[VECTORS];
+UNROLL(4)
+    for (int v = 0; v < VECTORS; ++v) values[v] = load(tile + v * 16);
+UNROLL(6)
+    for (int r = 0; r < ROWS; ++r)
+UNROLL(4)
+      for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = step<INPUT>(sums[r * VECTORS + v], values[v], x[r * stride + i]);
+  }
+  add_scaled<ROWS>(sums, p, group, totals);
+}
+
+template <Input INPUT>
+void multiply_some(int64_t count, const Product& p, int64_t group, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
+#if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
+  switch (count) {
+    case 6: return multiply_rows<INPUT, 6>(p, group, tile, steps, x, totals);
+    case 5: return multiply_rows<INPUT, 5>(p, group, tile, steps, x, totals);
+    case 4: return multiply_rows<INPUT, 4>(p, group, tile, steps, x, totals);
+    case 3: return multiply_rows<INPUT, 3>(p, group, tile, steps, x, totals);
+    default: break;
+  }
+#endif
+  for (int64_t r = 0; r < count; ++r)
+    multiply_rows<INPUT, 1>(p, group, tile, steps, x + r * p.x_stride, totals + r * BLOCK);
+}
+
+template <int BITS, Input INPUT>
+void tiled(const Product& p) {
+  using Part = Unit<BITS, INPUT>;
+  const Part part(p.levels);
+  float* tile = static_cast<float*>(p.tile);
+  const int64_t turns = (p.rows + MOST - 1) / MOST;
+  each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
+    write_down<BITS, INPUT>(part, p.codes + unit * unit_words(BITS) * BLOCK, units, tile);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
+      const uint32_t* x = static_cast<const uint32_t*>(p.x) + row * p.x_stride + unit * Part::X;
+      float* totals = p.totals + row * BLOCK;
+      multiply_some<INPUT>(count, p, group, tile, units * Part::X, x, totals);
+    }
+  });
+}
+
+template <int BITS, Input INPUT>
+void multiply(const Product& p) {
+#if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
+  switch (p.rows) {
+    case 1: return direct<BITS, INPUT, 1>(p);
+    case 2: return direct<BITS, INPUT, 2>(p);
+    case 3: return direct<BITS, INPUT, 3>(p);
+    case 4: return direct<BITS, INPUT, 4>(p);
+    default: break;
+  }
+#endif
+  tiled<BITS, INPUT>(p);
+}
+
+template <Input INPUT>
+void multiply_by(const Product& p) {
+  switch (p.bits) {
+    case 1: return multiply<1, INPUT>(p);
+    case 2: return multiply<2, INPUT>(p);
+    case 3: return multiply<3, INPUT>(p);
+    default: return multiply<4, INPUT>(p);
+  }
+}
+
+void add_offsets(const Product& p) {
+  for (int64_t row = 0; row < p.rows; ++row)
+    for (int v = 0; v < VECTORS; ++v) {
+      Lanes total = load(p.totals + row * BLOCK + v * 16);
+      for (int64_t group = 0; group < p.groups; ++group)
+        total = fma(load(p.offsets + group * BLOCK + v * 16), all(p.sums[row * p.groups + group]), total);
+      store(p.totals + row * BLOCK + v * 16, total);
+    }
+}
+
+float value_of(const void* x, int64_t i, int32_t dtype) {
+  if (dtype == BL_F32) return static_cast<const float*>(x)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(x)[i];
+  if (dtype == BL_F16) return half_value(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+template <class Number, int64_t COLUMNS>
+BL_INLINE void pair_up(const Number* from, Number* to) {
+UNROLL(16)
+  for (int64_t i = 0; i < COLUMNS / 2; ++i) to[2 * i] = from[i], to[2 * i + 1] = from[i + COLUMNS / 2];
+}
+
+// Whole units straight from the input, the last one by way of a copy that ends with zeros.
+template <class Number, int64_t COLUMNS>
+void pair_row(const Number* x, int64_t columns, int64_t units, Number* to) {
+  const int64_t whole = columns / COLUMNS;
+  for (int64_t u = 0; u < whole; ++u) pair_up<Number, COLUMNS>(x + u * COLUMNS, to + u * COLUMNS);
+  for (int64_t u = whole; u < units; ++u) {
+    Number last[COLUMNS] = {};
+    for (int64_t i = u * COLUMNS; i < columns; ++i) last[i - u * COLUMNS] = x[i];
+    pair_up<Number, COLUMNS>(last, to + u * COLUMNS);
+  }
+}
+
+template <class Number>
+void pair_row(const Preparation& p, const Number* x, int64_t columns) {
+  Number* to = static_cast<Number*>(p.out);
+  switch (unit_columns(p.bits)) {
+    case 8: return pair_row<Number, 8>(x, columns, p.units, to);
+    case 16: return pair_row<Number, 16>(x, columns, p.units, to);
+    default: return pair_row<Number, 32>(x, columns, p.units, to);
+  }
+}
+
+constexpr int64_t STRETCH = 1024;  // columns that are widened to float32 at once: a multiple of every unit
+
+void prepare_single(const Preparation& p) {
+  if (p.dtype == BL_F32) return pair_row(p, static_cast<const float*>(p.x), p.columns);
+  Preparation part = p;
+  for (int64_t begin = 0; begin < p.units * unit_columns(p.bits); begin += STRETCH) {
+    alignas(64) float wide[STRETCH];
+    const int64_t count = p.columns - begin < STRETCH ? p.columns - begin : STRETCH;
+    for (int64_t i = 0; i < count; ++i) wide[i] = value_of(p.x, begin + i, p.dtype);
+    const int64_t units = p.units - begin / unit_columns(p.bits), most = STRETCH / unit_columns(p.bits);
+    part.units = units < most ? units : most;
+    part.out = static_cast<float*>(p.out) + begin;
+    pair_row(part, wide, count < 0 ? 0 : count);
+  }
+}
+
+template <int BITS>
+void prepare_sums(const Preparation& p) {
+  constexpr int COLUMNS = 4 / BITS;
+  alignas(64) float level[COLUMNS][16];
+  for (int i = 0; i < COLUMNS; ++i)
+    for (int c = 0; c < 16; ++c) level[i][c] = p.levels[c >> BITS * i & ((1 << BITS) - 1)];
+  float* to = static_cast<float*>(p.out);
+  for (int64_t column = 0; column < p.units * unit_columns(BITS); column += COLUMNS, to += 16) {
+    Lanes sums = none();
+    for (int i = 0; i < COLUMNS && column + i < p.columns; ++i)
+      sums = fma(all(value_of(p.x, column + i, p.dtype)), load(level[i]), sums);
+    store(to, sums);
+  }
+}
+
+BL_INLINE void store_as(uint8_t* to, Lanes x, int32_t dtype) {
+  if (dtype == BL_F32) return store(reinterpret_cast<float*>(to), x);
+  if (dtype == BL_F16) return store_halves(to, x);
+#if defined(BL_HAS_avx512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+#else
+  store_brains(to, x);
+#endif
+}
+
+}  // namespace
+
+void prepare(const Preparation& p) {
+  for (int64_t group = 0; p.sums != nullptr && group < p.groups; ++group) {
+    const int64_t begin = group * p.group_columns, end = begin + p.group_columns;
+    float sum = 0;
+    for (int64_t i = begin; i < end && i < p.columns; ++i) sum += value_of(p.x, i, p.dtype);
+    p.sums[group] = sum;
+  }
+  if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
+  else if (p.input == Input::SINGLE) prepare_single(p);
+  else if (p.bits == 1) prepare_sums<1>(p);
+  else prepare_sums<2>(p);
+}
+
+void finish(const Finish& f) {
+  const int64_t size = f.dtype == BL_F32 ? 4 : 2;
+  for (int64_t row = 0; row < f.rows; ++row) {
+    uint8_t* to = static_cast<uint8_t*>(f.out) + row * f.stride * size;
+    for (int64_t i = 0; i < f.columns; i += 16) {
+      const Lanes x = load(f.totals + row * BLOCK + i);
+      if (f.columns - i >= 16) {
+        store_as(to + i * size, x, f.dtype);
+      } else {
+        alignas(64) uint8_t last[64];
+        store_as(last, x, f.dtype);
+        std::memcpy(to + i * size, last, static_cast<size_t>((f.columns - i) * size));
+      }
+    }
+  }
+}
+
+void product(const Product& p) {
+  if (p.input == Input::SUMS) {
+    if (p.bits == 1) by_sums<1>(p);
+    else by_sums<2>(p);
+  } else if (p.input == Input::SINGLE) {
+    multiply_by<Input::SINGLE>(p);
+  } else {
+#if defined(BL_HAS_avx512)
+    multiply_by<Input::PAIRS>(p);
+#endif
+  }
+  if (p.offsets != nullptr) add_offsets(p);
+}
+
+}  // namespace bl::BL_ISA

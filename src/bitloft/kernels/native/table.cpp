@@ -1,0 +1,57 @@
+// Compiled once per instruction set: its table of kernels.
+#include "kernels.hpp"
+
+#if defined(BL_HAS_avx512)
+#define BL_HAS_PAIRS true
+#else
+#define BL_HAS_PAIRS false
+#endif
+
+#define BL_NAME_(isa) #isa
+#define BL_NAME(isa) BL_NAME_(isa)
+#define BL_TABLE_(isa) kernels_##isa
+#define BL_TABLE(isa) BL_TABLE_(isa)
+
+namespace bl::BL_ISA {
+void gather(const Block& block, uint32_t* words);
+void arrange(const Block& block, uint8_t* codes, uint16_t* scales, bool back);
+void turn_scales(const Block& block, bool arranged, float* scales, float* offsets);
+void read_levels(const bl_matrix& matrix, float* levels);
+void prepare(const Preparation& p);
+void product(const Product& p);
+void finish(const Finish& f);
+void lora_tile(const LoraTile& tile);
+void encode_groups(GroupTile& tile);
+void encode_halves(const Halves& job);
+void encode_scale_block(const ScaleBlock& job);
+void dequantize_row(const DequantizeRow& job);
+void residual_row(const ResidualRow& job);
+void attend(const Attention& job);
+void add_and_norm(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
+void gate(float* gate, const float* up, int64_t width);
+}  // namespace bl::BL_ISA
+
+namespace bl {
+
+const Kernels BL_TABLE(BL_ISA) = {
+    .name = BL_NAME(BL_ISA),
+    .pairs = BL_HAS_PAIRS,
+    .gather = BL_ISA::gather,
+    .arrange = BL_ISA::arrange,
+    .turn_scales = BL_ISA::turn_scales,
+    .read_levels = BL_ISA::read_levels,
+    .prepare = BL_ISA::prepare,
+    .product = BL_ISA::product,
+    .finish = BL_ISA::finish,
+    .lora_tile = BL_ISA::lora_tile,
+    .encode_groups = BL_ISA::encode_groups,
+    .encode_halves = BL_ISA::encode_halves,
+    .encode_scale_block = BL_ISA::encode_scale_block,
+    .dequantize_row = BL_ISA::dequantize_row,
+    .residual_row = BL_ISA::residual_row,
+    .attend = BL_ISA::attend,
+    .add_and_norm = BL_ISA::add_and_norm,
+    .gate = BL_ISA::gate,
+};
+
+}  // namespace bl
