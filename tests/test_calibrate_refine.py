@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
     with pytest.raises(KeyboardInterrupt):
         made(tiny_model, tmp_path / "cut", text, progress=killed, **settings)
-    monkeypatch.setattr("bitloft.calibrate.teacher.Blockwise.open", lambda source: pytest.fail("asked again"))
+    monkeypatch.setattr("bitloft.calibrate.teacher.Teacher.open", lambda source: pytest.fail("asked again"))
     cut = made(tiny_model, tmp_path / "cut", text, resume=True, **settings)
     assert cut.fingerprint == whole.fingerprint
     assert cut.refined == whole.refined

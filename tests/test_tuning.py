@@ -40,9 +40,7 @@ def test_the_terms_follow_their_definitions(tiny_model: Path) -> None:
 
 
 def test_an_encoder_has_hidden_states_alone() -> None:
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
-    )
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     model = BertModel(config).eval()
     losses = Student(model, {}, EXACT).measure([(torch.arange(6).view(1, 6), torch.randn(1, 6, 32))])
     assert losses == Losses(None, losses.hidden)
@@ -77,4 +75,10 @@ def test_the_course_rises_and_ends_at_zero() -> None:
 
 def test_a_loss_that_is_no_number_is_a_sentence(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="the loss of refining is nan at step 1; use a lower refine_rate"):
-        tune(student_of(tiny_model), lambda step: (data(0)[0], data(0)[1] * torch.nan), steps=2, rate=1e-3, state=tmp_path / "s")
+        tune(
+            student_of(tiny_model),
+            lambda step: (data(0)[0], data(0)[1] * torch.nan),
+            steps=2,
+            rate=1e-3,
+            state=tmp_path / "s",
+        )

@@ -6,7 +6,7 @@ text (``tuning`` has the loss), rounded to the formats in which they are stored 
 adapters share the result and carry their task alone.
 
 Memory: the packed model, float copies of what is tuned and twice that of AdamW's moments. The teacher goes first, one
-block at a time (``integrations.blockwise``); its last hidden states wait on disk, 2 bytes a value. Both are in
+block at a time (``teacher``); its last hidden states wait on disk, 2 bytes a value. Both are in
 OUT.work/refine, which a resumed run goes on from. A part of the text is held out: a tuning that does not lower the loss
 there is dropped.
 """
@@ -58,7 +58,6 @@ class RefineReport:
     after: Losses
     kept: bool
     teacher: str
-
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "RefineReport":
