@@ -35,7 +35,7 @@ def layer_of(fmt: str, *, rank: int = 4, columns: int = 72) -> QuantLinear:
 def test_it_computes_what_the_layer_computes(fmt: str, start: bool, scales: bool) -> None:
     layer, x = layer_of(fmt), torch.randn(2, 3, 72)
     tuned = TunedLinear(layer, start=start, scales=scales)
-    assert torch.allclose(tuned(x), layer(x), atol=1e-4)
+    assert torch.allclose(tuned(x), layer(x), atol=0.02 if start else 1e-4)  # the start is rounded once more
     assert (tuned.gain is not None) == (scales and not fmt.endswith("+dq"))
 
 
@@ -50,7 +50,8 @@ def test_gradients_are_those_of_the_dense_product(fmt: str) -> None:
     size = layer.format.group_size(72)
     spread = gain.repeat_interleave(size, 1)[:, :72]
     dense = (layer.dense() - 0.5 * layer.start_b() @ layer.start_a()) * spread
-    y = x @ (dense + 0.5 * layer.start_b() @ layer.start_a()).T
+    a, bt = (part.detach() for part in tuned._factors())
+    y = x @ (dense + 0.5 * bt.T @ a).T
     for mine, theirs in zip(found, torch.autograd.grad((y * wanted).sum(), [x, gain]), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-3)
 
@@ -71,10 +72,20 @@ def test_what_settles_is_what_was_tuned(fmt: str) -> None:
     assert "weight" not in changed
     assert all(torch.equal(tensor, getattr(layer, name)) for name, tensor in changed.items())
     error = (layer(x) - wanted).norm() / wanted.norm()
-    assert 0 < float(error) < 0.1  # the start's four bits
+    assert float(error) < 1e-3  # scales are rounded to fp16, the start was already what is stored
 
 
 def test_without_a_start_only_scales_are_tuned() -> None:
     tuned = TunedLinear(layer_of("lm2:32", rank=0), start=True, scales=True)
     assert [name for name, _ in tuned.named_parameters() if not name.startswith("layer.")] == ["gain"]
     assert set(tuned.settle()) == {"weight_scales", "weight_exponent"}
+
+
+def test_the_gradient_goes_straight_through_the_rounding() -> None:
+    layer, x = layer_of("lm2:32"), torch.randn(5, 72)
+    tuned = TunedLinear(layer, start=True, scales=False)
+    assert tuned.a is not None
+    assert tuned.bt is not None
+    (found,) = torch.autograd.grad(tuned(x).sum(), [tuned.a])
+    _, bt = tuned._factors()
+    assert torch.allclose(found, 0.5 * bt.detach().sum(1, keepdim=True) * x.sum(0), atol=1e-4)

@@ -2,7 +2,7 @@
 
 Matrices were solved one by one; what their errors do together only the whole model shows (RILQ, arXiv 2412.01129). So
 the start A0, B0 of every packed linear, and optionally scales and norms, are tuned for a few hundred steps on general
-text (``tuning`` has the loss), rounded to the formats in which they are stored and written in their old places. All
+text (``tuning`` has the loss), rounded as they are stored, and written in their old places. All
 adapters share the result and carry their task alone.
 
 Memory: the packed model, float copies of what is tuned and twice that of AdamW's moments. The teacher goes first, one
@@ -45,8 +45,8 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class RefineReport:
-    """What refining did, measured on held-out sequences: ``before``; ``after`` as stored; ``unrounded`` before the
-    rounding to the start's format. ``kept`` is False where the loss did not fall and everything stayed as it was."""
+    """What refining did: losses on held-out sequences ``before`` and ``after``, both as stored. ``kept`` is False where
+    they did not fall and everything stayed as it was. ``teacher`` says what of the 16-bit model was in memory."""
 
     steps: int
     sequences: int
@@ -54,7 +54,6 @@ class RefineReport:
     parts: tuple[str, ...]
     values: int
     before: Losses
-    unrounded: Losses
     after: Losses
     kept: bool
     teacher: str
@@ -62,7 +61,7 @@ class RefineReport:
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "RefineReport":
         """From its JSON form."""
-        losses = {name: Losses(**record[name]) for name in ("before", "unrounded", "after")}
+        losses = {name: Losses(**record[name]) for name in ("before", "after")}
         return cls(**{**record, **losses, "parts": tuple(record["parts"])})
 
 
@@ -88,9 +87,11 @@ def refine(
     work.mkdir(exist_ok=True)
     ids = sequences(source, plan, options)
     teacher = TeacherStates.ask(source, ids, work, progress)
-    student = _student(directory, options)
+    model = load(directory)
+    precision = choose_precision("auto", model.device)
     held = [teacher.batch(range(i, i + BATCH)) for i in range(0, HELD, BATCH)]
-    before = student.measure(held)
+    before = Student(model, {}, precision).measure(held)
+    student = Student(model, _tuned(model, options), precision)
     order = _order(len(ids), options)
     tune(
         student,
@@ -100,7 +101,6 @@ def refine(
         state=work / "state.safetensors",
         progress=progress,
     )
-    unrounded = student.measure(held)
     changed = _settle(student, plan)
     after = student.measure(held)
     kept = after.total < before.total
@@ -111,7 +111,6 @@ def refine(
         parts=options.refine_parts,
         values=sum(parameter.numel() for parameter, _ in student.tuned.values()),
         before=before,
-        unrounded=unrounded,
         after=after if kept else before,
         kept=kept,
         teacher=teacher.held,
@@ -153,9 +152,9 @@ def _order(count: int, options: QuantizeOptions) -> list[int]:
     return order
 
 
-def _student(directory: Path, options: QuantizeOptions) -> Student:
-    """The packed model, its linears replaced by tuned ones, with everything to tune that ``refine_parts`` names."""
-    model = load(directory)
+def _tuned(model: nn.Module, options: QuantizeOptions) -> dict[str, tuple[nn.Parameter, float]]:
+    """Everything to tune that ``refine_parts`` names, with its share of the learning rate; the model's packed linears
+    are replaced by tuned ones."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tuned: dict[str, tuple[nn.Parameter, float]] = {}
@@ -169,7 +168,7 @@ def _student(directory: Path, options: QuantizeOptions) -> Student:
     for name, parameter in model.named_parameters() if "norms" in options.refine_parts else ():
         if _is_norm(model, name):
             tuned[name] = (parameter.requires_grad_(True), float(parameter.detach().abs().mean()))
-    return Student(model, tuned, choose_precision("auto", model.device))
+    return tuned
 
 
 def _is_norm(model: nn.Module, name: str) -> bool:
