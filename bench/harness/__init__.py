@@ -7,8 +7,9 @@ Every benchmark prints its tables first and one JSON object as its last line: ``
 import argparse
 import json
 import os
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,40 @@ def seconds_of(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
     return best, result
 
 
+def commit() -> str:
+    """The checked-out commit, with a + where files differ from it; empty outside of a clone."""
+    place = Path(__file__).resolve().parent
+    try:
+        said = [
+            subprocess.run(["git", *words], cwd=place, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said[0] + "+" * bool(said[1])
+
+
+class Peak:
+    """How far this process's resident memory has risen since the object was made, at its highest; Linux only."""
+
+    def __init__(self) -> None:
+        self._before: int | None = None
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
+            self._before = _status("VmRSS")
+        except OSError:
+            return
+
+    def mib(self) -> float | None:
+        return None if self._before is None else round((_status("VmHWM") - self._before) / 1024, 1)
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under their columns, aligned."""
     cells = [[_cell(value) for value in row] for row in (columns, *rows)]
@@ -91,6 +126,13 @@ class Cells:
             except json.JSONDecodeError:
                 continue
             self._known[json.dumps(cell["key"], sort_keys=True)] = cell
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._known.values())
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The cell as kept, None where it has not been measured."""
+        return self._known.get(json.dumps(key, sort_keys=True))
 
     def get(self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The figures of a cell: as kept, or measured and kept."""

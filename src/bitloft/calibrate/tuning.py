@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bitloft.checkpoint import read_tensors, replace_tensors
 from bitloft.errors import CheckpointError
@@ -49,9 +48,9 @@ def mixed(entropy: Any, error: Any) -> Any:
 
 @dataclass
 class Student:
-    """The packed model with what is tuned: trainable tensors by name, each with its share of the learning rate."""
+    """A transformers model with what is tuned of it: trainable tensors by name, each with its share of the rate."""
 
-    model: PreTrainedModel
+    model: Any
     tuned: dict[str, tuple[nn.Parameter, float]]
     precision: Precision
 
