@@ -27,7 +27,9 @@ rows = [ids[i * count // samples * length :][:length] for i in range(samples)]
 batches = [{"input_ids": row.unsqueeze(0), "attention_mask": torch.ones(1, length)} for row in rows]
 made = AutoRound(loaded, tokenizer, bits=int(bits), group_size=int(group), sym=False, dataset=batches,
                  iters=int(iterations), seqlen=length, nsamples=samples, batch_size=4, device_map="cpu")
-made.quantize_and_save(out, format="fake")
+model, _ = made.quantize()
+model.float().save_pretrained(out)  # its own "fake" format restores the values from before
+tokenizer.save_pretrained(out)
 """
 
 
@@ -41,8 +43,7 @@ def make_peer(maker: str, model: Path, out: Path, bits: int, text: Path, samples
     work = out.with_name(out.name + ".work")
     given = (model, work, bits, text, samples, ITERATIONS, LENGTH, GROUP)
     subprocess.run([os.environ[_variable(maker)], "-c", SCRIPT, *map(str, given)], check=True)
-    found = work if (work / "config.json").exists() else next(work.rglob("config.json")).parent
-    found.rename(out)
+    work.rename(out)
     true_bits = bits + (16 + bits) / GROUP
     return {"true_bits": true_bits, "true_bits_with_start": true_bits}
 
