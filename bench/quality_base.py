@@ -1,8 +1,8 @@
 """What a packed base is worth: every way to make one at 2.25 to 4.25 bits, before and after a LoRA is trained on it.
 
 SmolLM2 on WikiText-2 (`valid` to train and calibrate, its last tenth held out of both to choose the learning rate,
-`test` to judge) and on GSM8K's answers, MiniLM on SST-2 and MRPC (SmolLM2's own weights come from a 4-bit grid, MiniLM's
-do not). ``base_grid.plan`` has the rows. The grid takes days: bases are kept below --work, cells in
+`test` to judge) and on GSM8K's answers, MiniLM on SST-2 and MRPC (SmolLM2's own weights come from a 4-bit grid,
+MiniLM's do not). ``base_grid.plan`` has the rows. The grid takes days: bases are kept below --work, cells in
 bench/results/cells with commit and settings, a run goes on where the last one stopped, the 2-bit column first, and the
 JSON says what has not been run. ``--quick`` is three rows at 2 bits, one seed, 8 steps after 8 of refining; ``--smoke``
 random models. ``--report`` only reads the cells, ``--verify N`` measures N of them anew.

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -37,22 +38,20 @@ def main() -> int:
     count, states = {"smoke": (2, (4,)), "quick": (32, (8, 10)), "full": (64, (8, 10, 12))}[arguments.mode]
     x = torch.randn(count, LENGTH)
     points = e8p() if arguments.mode != "smoke" else e8p()[::64]
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"lm2:64": lambda x: decode(encode(x, "lm2:64"))}
-    ways["E8P"] = lambda x: scaled(x, 1 / 1.03, lambda y: nearest(y, points))
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"E8P": partial(nearest, points=points)}
     for bits in states:
-        ways[f"trellis, table, L={bits}"] = lambda x, bits=bits: scaled(x, 1.0, lambda y: viterbi(y, table(bits)))
+        ways[f"trellis, table, L={bits}"] = partial(viterbi, levels=table(bits))
         if bits >= 8:
-            ways[f"trellis, 1MAD, L={bits}"] = lambda x, bits=bits: scaled(x, 1.0, lambda y: viterbi(y, one_mad(bits)))
-    rows = []
+            ways[f"trellis, 1MAD, L={bits}"] = partial(viterbi, levels=one_mad(bits))
+    began = time.process_time()
+    error = float((x - decode(encode(x, "lm2:64"))).square().mean())
+    figures = {"lm2:64": _figures(2.25, error, began, x.numel())}
     for name, way in ways.items():
         began = time.process_time()
-        error = float((x - way(x)).square().mean())
-        tries = 1 if name == "lm2:64" else len(SCALES)
-        rows.append([name, 2.25 if name == "lm2:64" else 2.0, error, (time.process_time() - began) / tries / x.numel()])
-    harness.table(("code", "bits", "squared error", "seconds per weight"), rows)
-    figures = {
-        name: {"bits": bits, "error": round(error, 4), "encode_us": round(1e6 * s, 3)} for name, bits, error, s in rows
-    }
+        error = float((x - scaled(x, way)).square().mean())
+        figures[name] = _figures(2.0, error, began, len(SCALES) * x.numel())
+    rows = [[name, *found.values()] for name, found in figures.items()]
+    harness.table(("code", "bits", "squared error", "us per weight"), rows)
     speed = decode_speed()
     harness.table(("decode and multiply", "ns per weight"), list(speed.items()))
     harness.finish(
@@ -75,9 +74,14 @@ def decode_speed() -> dict[str, float]:
     return {name: float(value) for name, value in (line.split() for line in said.splitlines())}
 
 
-def scaled(x: Tensor, center: float, code: Callable[[Tensor], Tensor]) -> Tensor:
+def _figures(bits: float, error: float, began: float, weights: int) -> dict[str, float]:
+    spent = time.process_time() - began
+    return {"bits": bits, "error": round(error, 4), "encode_us": round(1e6 * spent / weights, 3)}
+
+
+def scaled(x: Tensor, code: Callable[[Tensor], Tensor]) -> Tensor:
     """The best of a few scales of the whole matrix."""
-    tries = [code(x / (center * s)) * center * s for s in SCALES]
+    tries = [code(x / s) * s for s in SCALES]
     return min(tries, key=lambda found: float((x - found).square().sum()))
 
 
@@ -103,7 +107,7 @@ def nearest(x: Tensor, points: Tensor) -> Tensor:
 def table(bits: int) -> Tensor:
     """Normal quantiles in random order: the level of every state."""
     order = torch.randperm(1 << bits, generator=torch.Generator().manual_seed(1))
-    return torch.distributions.Normal(0.0, 1.0).icdf((order + 0.5) / (1 << bits))
+    return torch.special.ndtri((order + 0.5) / (1 << bits))
 
 
 def one_mad(bits: int) -> Tensor:

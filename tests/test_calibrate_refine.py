@@ -1,4 +1,4 @@
-"""Refining a finished base on a tiny model: the loss falls, what is stored is what was measured, kills leave no trace."""
+"""Refining a finished base on a tiny model: the loss falls, what is stored was measured, kills leave no trace."""
 
 import json
 import sys

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from bitloft.calibrate import teacher as module
+from bitloft.calibrate.blocks import stacks_of
 from bitloft.calibrate.teacher import Teacher, TeacherStates
 from bitloft.integrations.source import open_source
 from tests.helpers import tiny_llama
@@ -48,8 +49,10 @@ def test_a_decoder_block_by_block(tmp_path: Path, tied: bool) -> None:
     folder = tiny_llama(tmp_path / "model", layers=3, tied=tied)
     teacher, ids = Teacher.open(open_source(str(folder))), torch.arange(12).view(2, 6)
     most: list[int] = []
-    for block in teacher.model.layers:
-        block.mlp.register_forward_hook(lambda *_: most.append(weights_in_memory(teacher.model)))
+    for block in stacks_of(teacher.model)[0].blocks:
+        teacher.model.get_submodule(f"{block}.mlp").register_forward_hook(
+            lambda *_: most.append(weights_in_memory(teacher.model))
+        )
     with torch.no_grad():
         found = [teacher.model(input_ids=ids)[0] for _ in range(2)]
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model

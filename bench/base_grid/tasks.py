@@ -96,7 +96,7 @@ class Pairs:
     rows: dict[str, list[tuple[str, str | None, int]]]
     size: int
 
-    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+    def prepare(self, model: Any) -> list[nn.Parameter]:
         model.head = nn.Linear(model.config.hidden_size, 2)
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
@@ -105,7 +105,7 @@ class Pairs:
     def batch(self, seed: int, step: int) -> list[tuple[str, str | None, int]]:
         return random.Random(f"{seed} {step}").sample(self.rows["train"], self.size)
 
-    def losses(self, model: nn.Module, batch: Sequence[tuple[str, str | None, int]]) -> tuple[Tensor, Tensor]:
+    def losses(self, model: Any, batch: Sequence[tuple[str, str | None, int]]) -> tuple[Tensor, Tensor]:
         texts = [[row[column] for row in batch] for column in (0, 1) if batch[0][column] is not None]
         encoded = self.tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
         mask = encoded["attention_mask"].unsqueeze(-1)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Work:
         effort, losses = self.effort, {}
         for rate in effort.rates if len(effort.rates) > 1 else ():
             key = Cell(cell.row, cell.bits, cell.task, effort.seeds[0], effort.steps[0]).key | {"rate": rate}
-            losses[rate] = self.cells.get(key, lambda rate=rate: self._run(cell, effort.steps[0], rate, "held"))["loss"]
+            losses[rate] = self.cells.get(key, partial(self._run, cell, effort.steps[0], rate, "held"))["loss"]
         return min(losses, key=lambda rate: losses[rate]) if losses else effort.rates[0]
 
     def _trained(self, cell: Cell) -> dict[str, Any]:

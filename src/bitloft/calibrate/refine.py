@@ -167,7 +167,8 @@ def _tuned(model: nn.Module, options: QuantizeOptions) -> dict[str, tuple[nn.Par
                 tuned[f"{name}.{leaf}"] = (parameter, 1.0)
     for name, parameter in model.named_parameters() if "norms" in options.refine_parts else ():
         if _is_norm(model, name):
-            tuned[name] = (parameter.requires_grad_(True), float(parameter.detach().abs().mean()))
+            parameter.requires_grad_(True)
+            tuned[name] = (parameter, float(parameter.detach().abs().mean()))
     return tuned
 
 

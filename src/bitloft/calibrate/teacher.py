@@ -1,7 +1,7 @@
 """What the full-precision model makes of some sequences, on disk: it is asked once, block by block, and then gone.
 
 One file of ``work`` holds the last hidden states of AT_ONCE sequences in bfloat16. Its name tells the sequences that it
-is for, so that states of another text or seed are never taken for these, and a resumed run asks only for what is missing.
+is for: states of another text or seed are never taken for these, and a resumed run asks only for what is missing.
 The alternative, both models in memory and a forward of each per step, holds the 16-bit model beside the packed one.
 """
 
