@@ -107,7 +107,8 @@ def nearest(x: Tensor, points: Tensor) -> Tensor:
 def table(bits: int) -> Tensor:
     """Normal quantiles in random order: the level of every state."""
     order = torch.randperm(1 << bits, generator=torch.Generator().manual_seed(1))
-    return torch.special.ndtri((order + 0.5) / (1 << bits))
+    levels: Tensor = torch.special.ndtri((order + 0.5) / (1 << bits))
+    return levels
 
 
 def one_mad(bits: int) -> Tensor:

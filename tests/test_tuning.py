@@ -26,6 +26,7 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 300, (2, 8), generator=generator), torch.randn(2, 8, 64, generator=generator)
 
 
+@torch.no_grad()
 def test_the_terms_follow_their_definitions(tiny_model: Path) -> None:
     student, (ids, target) = student_of(tiny_model), data(0)
     entropy, error = student.terms(ids, target)

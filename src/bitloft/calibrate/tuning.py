@@ -108,7 +108,7 @@ def tune(
             group["lr"] = group["peak"] * _course(step, steps)
         loss = mixed(*student.terms(*batch_of(step)))
         if not bool(torch.isfinite(loss)):
-            raise CheckpointError(f"the loss of refining is {float(loss)} at step {step + 1}; use a lower refine_rate.")
+            raise CheckpointError(f"the loss of refining is {loss.item()} at step {step + 1}; use a lower refine_rate.")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
