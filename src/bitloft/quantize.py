@@ -131,6 +131,8 @@ class QuantizeReport:
             del found[key]
         for row in found["matrices"]:
             del row["seconds"]
+        for key in ("gathered", "reused") if self.calibration is not None else ():
+            del found["calibration"][key]
         return found
 
 

@@ -13,7 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ OUTSIDE = ""  # the name of what is in no block
 
 @dataclass
 class Calibration:
-    """What was gathered. ``way`` says how: block by block, or why the whole model had to be in memory; ``blind`` names
-    matrices that no token reached, which were solved without statistics."""
+    """What was gathered. ``way`` says how: block by block, or why the whole model had to be in memory. ``gathered`` and
+    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.)"""
 
     text: str
     sequences: int
@@ -47,7 +47,6 @@ class Calibration:
     way: str
     gathered: int = 0
     reused: int = 0
-    blind: list[str] = field(default_factory=list)
 
 
 def text_identity(source: Source, options: QuantizeOptions) -> dict[str, Any]:
@@ -109,7 +108,8 @@ class _Job:
             walker.capture(self.batches, stack)
             for at, block in enumerate(stack.blocks):
                 self._block(walker, at, block)
-        outside = self._steps(OUTSIDE, [block for stack in stacks for block in stack.blocks])
+        inside = tuple(f"{block}." for stack in stacks for block in stack.blocks)
+        outside = [name for name in self.plan.steps if not name.startswith(inside)]
         if outside:
             with self._solving(OUTSIDE, outside) as gatherer:
                 if gatherer is not None:
@@ -129,12 +129,9 @@ class _Job:
         stacks = [Stack(tuple(b for b in stack.blocks if counts[b])) for stack in stacks]
         return Whole(self.body, self.batches, counts), stacks, f"whole model in memory: {why}"
 
-    def _steps(self, block: str, others: Sequence[str] = ()) -> list[str]:
-        """The steps of a block, or of what is in none of ``others``."""
-        inside = tuple(f"{other}." for other in others)
-        return [
-            name for name in self.plan.steps if name.startswith(f"{block}.") or (others and not name.startswith(inside))
-        ]
+    def _steps(self, block: str) -> list[str]:
+        """The steps of a block."""
+        return [name for name in self.plan.steps if name.startswith(f"{block}.")]
 
     def _block(self, walker: Replay | Whole, at: int, block: str) -> None:
         """One block: gather and solve what is not done, then go on with what is stored."""
@@ -166,7 +163,7 @@ class _Job:
             yield None
             self.report.reused += bool(todo)
         quantizer = self.plan.quantizer
-        quantizer.statistics = _Known(known, self.report.blind)
+        quantizer.statistics = _Known(known)
         for name in todo:
             self.journal.add(name, solve_step(self.plan, name, self.slots))
             self.clock.tick(name)
@@ -182,14 +179,7 @@ class _Job:
 
 
 class _Known(dict[str, Statistics]):
-    """Statistics by matrix; those of a matrix that no token reached are empty, and it is noted."""
-
-    def __init__(self, known: dict[str, Statistics], blind: list[str]) -> None:
-        super().__init__(known)
-        self.blind = blind
+    """Statistics by matrix; empty ones for a matrix that no token reached, such as an expert that no token chose."""
 
     def get(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self.blind.append(name)
-            return Statistics(None)
-        return self[name]
+        return super().get(name, Statistics(None))

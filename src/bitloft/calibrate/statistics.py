@@ -33,7 +33,7 @@ class Gatherer:
         self.sums: dict[str, Float[Tensor, "columns columns"]] = {}
         self.tokens: dict[str, int] = {}
         self.leader: dict[str, str] = {}
-        self.masks: Sequence[Bool[Tensor, "batch length"]] = ()
+        self.masks: Sequence[Bool[Tensor, "_ _"]] = ()
         self._seen: list[tuple[Tensor, str]] = []
 
     @contextmanager
@@ -54,7 +54,7 @@ class Gatherer:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, masks: Sequence[Bool[Tensor, "batch length"]]) -> None:
+    def begin(self, masks: Sequence[Bool[Tensor, "_ _"]]) -> None:
         """Say that another batch comes, and which of its positions are text."""
         self.masks, self._seen = masks, []
 

@@ -26,7 +26,7 @@ class Batch:
     """Keyword arguments of one forward, and which positions of [batch, length] are text; None where all are."""
 
     inputs: dict[str, Tensor]
-    masks: tuple[Bool[Tensor, "batch length"], ...] = ()
+    masks: tuple[Bool[Tensor, "_ _"], ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -31,7 +31,9 @@ class Body:
             raise OptionError(f"{source.name} is of no architecture that transformers knows; it cannot be run.")
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = type(skeleton.model)(skeleton.model.config).eval()
-        self.model.config.use_cache = False
+        for module in self.model.modules():  # an encoder-decoder's halves have configs of their own
+            if isinstance(module, PreTrainedModel):
+                module.config.use_cache = False
         self.resident = False
         self._tensors, self._shapes = skeleton.tensors, skeleton.model
         self._readings: dict[str, Reading] = {t: r for r in skeleton.readings for t in r.targets}

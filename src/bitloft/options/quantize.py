@@ -47,13 +47,16 @@ class QuantizeOptions:
     calibrate_length: int = option(512, "tokens of a calibration sequence")
     statistics: str | None = option(None, "directory that keeps what was measured, for other runs on the same text")
     metric: str = option("full", "full second moment of the inputs, its diagonal, or none (weights only, no text)")
-    feedback: str = option("forward", "order in which codes correct each other: forward, reverse, activation, or none")
-    rounds: int = option(2, "rounds of the calibrated solver (1 to 3 pay); the best one is kept")
+    feedback: str = option(
+        "activation", "order in which codes correct each other: forward, reverse, activation, or none"
+    )
+    sweeps: int = option(2, "joint refits of scales and codes after the feedback")
+    rounds: int = option(3, "rounds of the calibrated solver (1 to 3 pay); the best one is kept")
     variant: str = option(
         "residual", "what later rounds quantize: residual (W - BA) or projection (what BA cannot reach)"
     )
     split: str = option("0", "directions of W that the start keeps before quantizing: a number, or auto")
-    damping: float = option(0.01, "added to the second moment, in parts of its mean diagonal")
+    damping: float = option(0.03, "added to the second moment, in parts of its mean diagonal")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
     refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms; repeat for more")
@@ -102,6 +105,7 @@ class QuantizeOptions:
         )
         require_positive(self, "samples", "damping")
         require(self.calibrate_length >= 2, f"calibrate_length is {self.calibrate_length}; use 2 tokens or more.")
+        require(self.sweeps >= 0, f"sweeps is {self.sweeps}; use 0 or more.")
         require(self.rounds >= 1, f"rounds is {self.rounds}; use 1 or more.")
         require(self.split == "auto" or self.split.isdecimal(), f"split is {self.split!r}; use a number or auto.")
         require(

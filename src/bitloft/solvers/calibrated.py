@@ -3,8 +3,8 @@
     minimize  tr(E S E^T),   E = W - Q - s*B*A,   S = second moment of the inputs on the already quantized prefix
 
 The quantize step is error feedback with scales searched in the same norm (``feedback``); the low-rank step is the
-closed-form optimum (``metric.best_product``: CLoQ arXiv 2501.18475, QERA arXiv 2410.06040). Later rounds quantize either
-what the product leaves, ``W - s*B*A`` (``residual``, as LoftQ), or W itself in the norm that forgets what B can still
+closed-form optimum (``metric.best_product``: CLoQ arXiv 2501.18475, QERA arXiv 2410.06040). Later rounds quantize
+either what the product leaves, ``W - s*B*A`` (``residual``, as LoftQ), or W itself in the norm that forgets what B can still
 repair behind the same A (``projection``, ProjQ arXiv 2606.00494). The best iterate by the stored error is kept.
 
 The rank may first go to W's own leading directions, which then need no codes (``split``, SRR arXiv 2602.02001): k of
@@ -117,7 +117,7 @@ class _Job:
     def _iterate(self, target: Float[Tensor, "rows columns"], metric: Metric) -> _Iterate:
         """Quantize ``target`` in ``metric`` and repair what is left of W."""
         fed = self.options.feedback != "none"
-        packed = quantized(target, self.fmt, metric) if fed else encode(target, self.fmt)
+        packed = quantized(target, self.fmt, metric, self.options.sweeps) if fed else encode(target, self.fmt)
         dense = decode(packed)
         start = self._start(self.weight - dense) if self.rank else None
         if start is not None:
@@ -127,7 +127,7 @@ class _Job:
     def _start(self, error: Float[Tensor, "rows columns"]) -> Start:
         """The best product as it is stored: A rounded with feedback from the inputs, then B fitted to that A."""
         _, a, _ = best_product(error, self.metric, self.rank, self.generator, self.row_weights)
-        stored = quantized(_leveled(a), self.start_format, self.metric)
+        stored = quantized(_leveled(a), self.start_format, self.metric, self.options.sweeps)
         a = decode(stored)
         seen = self.metric.seen(a)
         bt = torch.linalg.lstsq(seen @ seen.T, seen @ self.metric.seen(error).T).solution

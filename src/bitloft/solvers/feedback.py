@@ -5,21 +5,24 @@ entry to the first, the term of j is least for the level nearest to x_j + sum_{i
 the other way with the Cholesky factor of S^-1; the two are the same up to the order, and this one inverts nothing.
 
 Columns are walked in blocks. With the errors e_d of the blocks done, the values that block b would take if it were
-continuous are T = X_b + e_d L_db L_bb^-1, and its part of the error is |(T - Q) L_bb|^2: the block is a small problem of
-its own. So the scale of a group is searched there, under the metric that counts and on the values that will be coded:
+continuous are T = X_b + e_d L_db L_bb^-1, and its part of the error is |(T - Q) L_bb|^2: the block is a small problem
+of its own. So the scale of a group is searched there, in the metric that counts and on the values that will be coded:
 a few scales around the one of least plain error are walked side by side, then the least-squares scale of the best
 codes. (GPTQ takes the range of the group instead; a grid that ends at the extremes wastes half of four levels.)
+
+A walk never comes back to a code; ``sweeps`` do.
 """
 
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bitloft.formats import UNIT, Format
-from bitloft.kernels.encoding import pack_zeros, unpack_zeros
-from bitloft.kernels.ops import encode, levels_of
+from bitloft.formats import Format
+from bitloft.kernels.encoding import pack_zeros
+from bitloft.kernels.ops import encode
 from bitloft.kernels.search import codes_and_scales
 from bitloft.packed import (
     PackedTensor,
@@ -27,10 +30,10 @@ from bitloft.packed import (
     pack_bits,
     pack_halves,
     scale_exponent,
-    scales_of,
-    unpack_halves,
 )
+from bitloft.solvers.grids import Grids
 from bitloft.solvers.metric import Metric
+from bitloft.solvers.sweeps import refitted, swept
 
 BLOCK = 64  # columns walked at once where a group is larger than SEARCHED
 SEARCHED = 128  # the largest group whose scale is searched under the metric
@@ -38,27 +41,9 @@ TRIED = (0.75, 0.87, 1.0, 1.15)  # multiples of the scale of least plain error
 REFITS = 2
 
 
-@dataclass
-class Grids:
-    """The grid of every group: value = scale * (level - zero) + shift, each [rows, groups] float32."""
-
-    scales: Float[Tensor, "rows groups"]
-    zeros: Float[Tensor, "rows groups"]
-    shifts: Float[Tensor, "rows groups"]
-
-    @classmethod
-    def of(cls, packed: PackedTensor) -> "Grids":
-        """Those that are stored; a TENSOR format's one grid and a UNIT format's bare levels repeated per row."""
-        fmt, rows, columns = packed.format, packed.shape[0], packed.shape[1]
-        groups = max(fmt.groups(columns), 1)
-        scales = torch.ones(rows, 1) if fmt.group == UNIT else scales_of(packed, slice(None), torch.float32)
-        scales = scales.expand(rows, groups).clone()
-        zeros, shifts = torch.zeros_like(scales), torch.zeros_like(scales)
-        if packed.zeros is not None:
-            zeros = unpack_zeros(packed.zeros, fmt.bits, groups).float()
-        if packed.shifts is not None:
-            shifts = unpack_halves(packed.shifts, packed.exponent).expand(rows, groups).clone()
-        return cls(scales, zeros, shifts)
+class Fed(NamedTuple):
+    codes: UInt8[Tensor, "rows size"]
+    values: Float[Tensor, "rows size"]
 
 
 def fed_forward(
@@ -68,33 +53,34 @@ def fed_forward(
     return _with_codes(packed, _walk(x, packed, Grids.of(packed), Metric(None, None, root), search=False))
 
 
-def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric) -> PackedTensor:
+def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric, sweeps: int = 0) -> PackedTensor:
     """``x`` in ``fmt`` by error feedback under ``metric``, scales searched in it; nearest codes where it is I.
 
-    Scales of groups over SEARCHED values (or of rows, tensors and none) are those of least plain error.
+    Scales of groups over SEARCHED values (or of rows, tensors and none) are those of least plain error; ``sweeps``
+    refit scales of groups and rows, but not those that are coded themselves (+dq).
     """
     plain = encode(x, fmt, ranges=fmt.family == "uniform" and not fmt.has_shifts)
-    if metric.root is None or fmt.family == "half":
+    if metric.root is None or fmt.family == "half":  # nothing correlates; or nothing is coded
         return plain
     grids = Grids.of(plain)
     search = fmt.group > 0 and min(fmt.group, x.shape[1]) <= SEARCHED
     codes = _walk(x, plain, grids, metric, search=search)
-    if not search:
-        return _with_codes(plain, codes)
-    packed = _assembled(plain, codes, grids)
-    if fmt.dq:  # scales were rounded by far more than codes can be left as they are for
-        packed = _with_codes(packed, _walk(x, packed, Grids.of(packed), metric, search=False))
-    return packed
+    packed = _assembled(plain, codes, grids) if search else _with_codes(plain, codes)
+    if fmt.dq:  # rounds scales by more than codes can be left as they are for
+        grids = Grids.of(packed)
+        codes = _walk(x, packed, grids, metric, search=False)
+    for _ in range(sweeps):
+        grids = refitted(x, codes, grids, metric) if fmt.group >= 0 and not fmt.dq else grids
+        codes = swept(x, codes, grids, metric)
+    return _with_codes(packed, codes) if fmt.dq or fmt.group < 0 else _assembled(plain, codes, grids)
 
 
 def _walk(
     x: Float[Tensor, "rows columns"], packed: PackedTensor, grids: Grids, metric: Metric, *, search: bool
 ) -> UInt8[Tensor, "rows columns"]:
     """Codes of all columns, block by block; with ``search`` the grids are replaced by better ones on the way."""
-    fmt, root = packed.format, metric.root
+    fmt, root, size = packed.format, metric.root, grids.size
     order = torch.arange(x.shape[1]) if metric.order is None else metric.order
-    levels = torch.tensor(levels_of(packed))
-    size = fmt.group_size(x.shape[1])
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     errors = torch.zeros_like(x)  # in the order of the walk
     permuted = x[:, order]
@@ -102,11 +88,11 @@ def _walk(
         own = root[block, block]
         pulled = errors[:, block.stop :] @ root[block.stop :, block]
         target = permuted[:, block] + torch.linalg.solve_triangular(own, pulled, upper=False, left=False)
-        group = int(order[block.start]) // size
         if search:
-            _search(target, own, fmt, levels, grids, group)
-        spots = order[block] // size
-        chosen, values = _feed(target, own, levels, *(part[:, spots] for part in vars(grids).values()))
+            found = _searched(target, own, fmt, grids, int(order[block.start]) // size)
+        else:
+            found = _feed(target, own, grids.of_columns(order[block]))
+        chosen, values = found
         codes[:, order[block]] = chosen
         errors[:, block] = permuted[:, block] - values
     return codes
@@ -118,82 +104,69 @@ def _blocks(groups: Int[Tensor, " columns"], *, whole: bool) -> list[slice]:
     if not whole:
         return [slice(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
     cuts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist(), count]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
-def _feed(
-    target: Float[Tensor, "rows size"],
-    root: Float[Tensor, "size size"],
-    levels: Float[Tensor, " levels"],
-    scales: Float[Tensor, "rows _"],
-    zeros: Float[Tensor, "rows _"],
-    shifts: Float[Tensor, "rows _"],
-) -> tuple[UInt8[Tensor, "rows size"], Float[Tensor, "rows size"]]:
-    """Codes and values of one block, from its last column to its first; grids of each entry, or one per row."""
+def _feed(target: Float[Tensor, "rows size"], root: Float[Tensor, "size size"], grid: Grids) -> Fed:
+    """Codes and values of one block, from its last column to its first; ``grid`` of each entry, or one per row."""
+    levels = grid.levels
     middles = (levels[1:] + levels[:-1]) / 2
     weights = (root / root.diagonal()).T.contiguous()  # row j: L_ij / L_jj
     size = target.shape[1]
     rows = target.T.contiguous()  # a column of the matrix is contiguous
-    scales, zeros, shifts = (part.T.expand(size, -1) for part in (scales, zeros, shifts))
+    scales, zeros, shifts = (part.T.expand(size, -1) for part in (grid.scales, grid.zeros, grid.shifts))
     inverse = 1 / scales.clamp_min(1e-30)
     errors, codes = torch.zeros_like(rows), torch.zeros(rows.shape, dtype=torch.uint8)
     for j in reversed(range(size)):
         aim = rows[j] + weights[j, j + 1 :] @ errors[j + 1 :]
-        code = _code((aim - shifts[j]) * inverse[j] + zeros[j], middles)
+        code = torch.bucketize((aim - shifts[j]) * inverse[j] + zeros[j], middles)
         errors[j] = rows[j] - ((levels[code] - zeros[j]) * scales[j] + shifts[j])
         codes[j] = code
-    return codes.T, (rows - errors).T
+    return Fed(codes.T, (rows - errors).T)
 
 
-def _code(x: Float[Tensor, " rows"], middles: Float[Tensor, " middles"]) -> Int[Tensor, " rows"]:
-    return torch.bucketize(x, middles)
-
-
-def _search(
+def _searched(
     target: Float[Tensor, "rows size"],
     root: Float[Tensor, "size size"],
     fmt: Format,
-    levels: Float[Tensor, " levels"],
     grids: Grids,
     group: int,
-) -> None:
-    """The grid of one group per row: the best of a few scales, then its least-squares refit, while that helps."""
-    spread = tuple(levels.tolist())
-    found = codes_and_scales(target.contiguous(), None, fmt, spread, fmt.has_zeros)
+) -> Fed:
+    """Codes and values of one group under the best grid of each row, which is put into ``grids``.
+
+    The best of a few scales, then its least-squares refit while that helps.
+    """
+    levels = grids.levels
+    plain = codes_and_scales(target.contiguous(), None, fmt, tuple(levels.tolist()), fmt.has_zeros)
     count, tries = target.shape[0], len(TRIED)
-    zeros = torch.zeros_like(found.scales) if found.zeros is None else found.zeros.float()
-    shifts = torch.zeros_like(found.scales) if found.shifts is None else found.shifts
-    center = found.scales * (levels[0] + levels[-1]) / 2 if fmt.has_shifts else torch.zeros_like(shifts)
-    grid = Grids(
-        torch.cat([found.scales * m for m in TRIED]),
+    zeros = torch.zeros_like(plain.scales) if plain.zeros is None else plain.zeros.float()
+    shifts = torch.zeros_like(plain.scales) if plain.shifts is None else plain.shifts
+    center = plain.scales * (levels[0] + levels[-1]) / 2 if fmt.has_shifts else torch.zeros_like(shifts)
+    grid = grids.map(
+        torch.cat([plain.scales * m for m in TRIED]),
         zeros.repeat(tries, 1),
         torch.cat([shifts + center * (1 - m) for m in TRIED]),
     )
-    loss, values = _loss(target.repeat(tries, 1), root, levels, grid)
+    fed, loss = _tried(target.repeat(tries, 1), root, grid)
     best = loss.view(tries, count).argmin(0) * count + torch.arange(count)
-    grid, loss, values = _take(grid, best), loss[best], values[best]
+    grid, fed, loss = grid.of_rows(best), Fed(fed.codes[best], fed.values[best]), loss[best]
     for _ in range(REFITS):
-        fitted = _refit(target, values, root, grid, shifted=fmt.has_shifts)
-        again, moved = _loss(target, root, levels, fitted)
+        fitted = _refit(target, fed.values, root, grid, shifted=fmt.has_shifts)
+        moved, again = _tried(target, root, fitted)
         better = (again < loss).unsqueeze(1)
-        grid = Grids(
-            *(torch.where(better, a, b) for a, b in zip(vars(fitted).values(), vars(grid).values(), strict=True))
-        )
-        loss, values = torch.where(better[:, 0], again, loss), torch.where(better, moved, values)
-    for part, new in zip(vars(grids).values(), vars(grid).values(), strict=True):
-        part[:, group] = new[:, 0]
+        grid = grid.where(better, fitted)
+        fed = Fed(torch.where(better, moved.codes, fed.codes), torch.where(better, moved.values, fed.values))
+        loss = torch.minimum(loss, again)
+    grids.put(group, grid)
+    return fed
 
 
-def _take(grid: Grids, rows: Int[Tensor, " rows"]) -> Grids:
-    return Grids(*(part[rows] for part in vars(grid).values()))
-
-
-def _loss(
-    target: Float[Tensor, "rows size"], root: Float[Tensor, "size size"], levels: Float[Tensor, " levels"], grid: Grids
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows size"]]:
-    """|(T - Q) L|^2 of each row, and Q."""
-    _, values = _feed(target, root, levels, grid.scales, grid.zeros, grid.shifts)
-    return ((target - values) @ root).square().sum(1), values
+def _tried(
+    target: Float[Tensor, "rows size"], root: Float[Tensor, "size size"], grid: Grids
+) -> tuple[Fed, Float[Tensor, " rows"]]:
+    """What a grid gives, and |(T - Q) L|^2 of each row."""
+    fed = _feed(target, root, grid)
+    return fed, ((target - fed.values) @ root).square().sum(1)
 
 
 def _refit(
@@ -209,13 +182,13 @@ def _refit(
     wanted = (target if shifted else target - grid.shifts) @ root
     norm = units.square().sum(1, keepdim=True).clamp_min(1e-30)
     if not shifted:
-        return Grids((wanted * units).sum(1, keepdim=True).div(norm).clamp_min(1e-30), grid.zeros, grid.shifts)
+        return grid.map((wanted * units).sum(1, keepdim=True).div(norm).clamp_min(1e-30), grid.zeros, grid.shifts)
     ones = root.sum(0, keepdim=True)  # a row of ones, as the metric sees it
     cross, own = units @ ones.T, ones.square().sum()
     a, b = (wanted * units).sum(1, keepdim=True), wanted @ ones.T
     determinant = (norm * own - cross.square()).clamp_min(1e-30)
     scales = ((a * own - b * cross) / determinant).clamp_min(1e-30)
-    return Grids(scales, grid.zeros, (b - scales * cross) / own)
+    return grid.map(scales, grid.zeros, (b - scales * cross) / own)
 
 
 def _with_codes(packed: PackedTensor, codes: UInt8[Tensor, "rows columns"]) -> PackedTensor:
