@@ -129,4 +129,4 @@ def effort_of(mode: str) -> Effort:
     few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))
     if mode == "quick":
         return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (5e-4,), 8, batch=2, length=128, judged=4, samples=8)
-    return Effort(few, (2.25,), ("words", "pairs"), (0,), (3,), (1e-3, 2e-3), 4, 2, 16, judged=4, samples=4)
+    return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4)
