@@ -1,6 +1,8 @@
 """Replay: block by block it computes what the model computes, and says so where it cannot."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_replayed_block_by_block_the_output_is_the_models(name: str, tmp_path: P
     last = found[-1].blocks[-1]
     whole = make(name, **LAYERS.get(name, {}))
     for number, batch in enumerate(batches):
-        seen = []
+        seen: list[Any] = []
         handle = whole.get_submodule(last).register_forward_hook(lambda m, a, output, seen=seen: seen.append(output))
         whole(**batch.inputs, use_cache=False) if name != "bert" else whole(**batch.inputs)
         handle.remove()
@@ -70,7 +72,7 @@ def test_blocks_that_run_twice_or_change_between_are_told(tmp_path: Path) -> Non
 @torch.no_grad()
 def test_the_whole_model_runs_as_far_as_the_block(tmp_path: Path) -> None:
     body, stacks = opened("llama", tmp_path)
-    whole = Whole(body, [Batch(inputs("llama"))] * 2, dict.fromkeys(stacks[0].blocks, 1))
+    whole = Whole(body, [Batch(inputs("llama"))] * 2, Counter(stacks[0].blocks))
     whole.capture([], stacks[0])
     begun: list[int] = []
     ran: list[str] = []

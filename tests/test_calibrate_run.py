@@ -1,4 +1,4 @@
-"""The calibrated run, end to end on tiny models: statistics of the quantized prefix, resume, reuse, every kind of model."""
+"""The calibrated run on tiny models: statistics of the quantized prefix, resume, reuse, every kind of model."""
 
 import hashlib
 from pathlib import Path
@@ -140,5 +140,5 @@ def test_the_head_is_measured_on_the_finished_model(tmp_path: Path, text: Path) 
 
 
 def test_a_text_that_is_missing_is_said(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="which is no file; give a .txt or .jsonl file"):
+    with pytest.raises(OptionError, match=r"which is no file; give a .txt or .jsonl file"):
         made(tiny_model, tmp_path / "out", tmp_path / "none.txt")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from bitloft.calibrate.statistics import Gatherer, Saved
+from bitloft.calibrate.statistics import Gatherer, Saved, read_moments
 from bitloft.errors import CheckpointError
 from bitloft.solvers import Statistics
 from tests.architectures import inputs, make
@@ -71,3 +72,18 @@ def test_saved_statistics_come_back_and_others_are_refused(tmp_path: Path) -> No
     assert found["a"].moment is found["b"].moment
     with pytest.raises(CheckpointError, match="was measured on something else"):
         Saved(tmp_path / "s", {"text": "y"}).read("block.0")
+
+
+def test_moments_for_compress_are_read_by_module(tmp_path: Path) -> None:
+    saved = Saved(tmp_path / "s", {"text": "x"})
+    saved.write("block.0", {"block.0.a": Statistics(torch.eye(4), 7), "block.0.b": Statistics(2 * torch.eye(3), 7)})
+    saved.write("block.1", {"block.1.a": Statistics(3 * torch.eye(4), 7)})
+    found = read_moments(tmp_path / "s")
+    assert {name: float(moment[0, 0]) for name, moment in found.items()} == {
+        "block.0.a": 1, "block.0.b": 2, "block.1.a": 3,
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="holds no statistics; make them with"):
+        read_moments(tmp_path)
+    save_file({"a": torch.eye(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights.safetensors holds no statistics; give the directory"):
+        read_moments(tmp_path)

@@ -1,4 +1,4 @@
-"""The norm of the inputs: closed forms against their textbook versions, damping where S is singular, orders kept whole."""
+"""The norm of the inputs: closed forms against the textbook, damping where S is singular, orders kept whole."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Descent on codes and scales: neither step raises the error, a refit is the least-squares solution, fixed points stay."""
+"""Descent on codes and scales: neither step raises the error, a refit is the least-squares solution."""
 
 import pytest
 import torch

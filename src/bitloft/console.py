@@ -57,6 +57,7 @@ def quantize(
             "widths": _widths(report.widths),
             "mean error": f"{before:.4f} rounded, {after:.4f} with the start (relative Frobenius norm)",
             "refined": _refined(report.refined),
+            "calibrated": _calibration(report.calibration),
             "stored": f"{size(report.stored_bytes)}, of it embeddings {size(report.embedding_bytes)}",
             "was": size(report.source_bytes),
             "chosen": report.selection,
@@ -65,6 +66,14 @@ def quantize(
             "time": f"{report.seconds:.1f} s" + (f", {report.resumed} matrices before" if report.resumed else ""),
         },
     )
+
+
+def _calibration(found: Any) -> str:
+    """What was measured, for people; ``found`` is a Calibration or None."""
+    if found is None:
+        return "no"
+    how = f"{found.sequences:,} sequences of {found.text}, {found.tokens:,} tokens, {found.way}"
+    return how + (f"; {found.reused} blocks from saved statistics" if found.reused else "")
 
 
 def _widths(widths: Any) -> str:
@@ -82,7 +91,9 @@ def _refined(found: Any) -> str:
     """What refining came to, for people; ``found`` is a RefineReport or None."""
     if found is None:
         return "no"
-    before, after = (loss.hidden if loss.next_token is None else loss.next_token for loss in (found.before, found.after))
+    before, after = (
+        loss.hidden if loss.next_token is None else loss.next_token for loss in (found.before, found.after)
+    )
     kind = "error of the last hidden states" if found.before.next_token is None else "nats per token"
     kept = "" if found.kept else "; it did not lower the loss and was dropped"
     return f"{before:.4f} -> {after:.4f} {kind}, held out, in {found.steps} steps{kept}"
@@ -127,18 +138,27 @@ def compress(
     base: Annotated[Path | None, typer.Option("--base", help="refuse an adapter that is not of this base")] = None,
     overwrite: Overwrite = False,
     jobs: Annotated[int, typer.Option("--jobs", help="processes, for a directory of adapters")] = 1,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are"),
+    ] = None,
 ) -> None:
     """Quantize a trained adapter, or each in a directory, into packed ones of 0.2 to 4 true bits."""
     from bitloft.bulk import holds_adapters
     from bitloft.compress import compress as verb
 
     if holds_adapters(adapter):
+        if moments is not None:
+            raise OptionError("--moments is for one adapter; a directory's are packed in the plain norm.")
         _compress_all(adapter, out, options, base, overwrite, jobs)
         return
+    from bitloft.calibrate.statistics import read_moments
+
     if jobs != 1:
         raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
     with progress("packing") as step:
-        report = verb(adapter, out, options, base=base, overwrite=overwrite, progress=step)
+        given = None if moments is None else read_moments(moments)
+        report = verb(adapter, out, options, base=base, moments=given, overwrite=overwrite, progress=step)
     show(
         f"packed adapter {out}",
         {

@@ -49,8 +49,8 @@ SHARD = "50GB"  # as transformers saves: a base that is loaded and saved again k
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding. ``calibrated`` holds the
-    errors where inputs are, the damping and the tokens (``solvers.base.Calibrated``) of a matrix that was calibrated."""
+    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding. ``calibrated`` holds what
+    ``solvers.base.Calibrated`` says: errors where inputs are, damping and tokens; None for other solvers."""
 
     name: str
     format: str

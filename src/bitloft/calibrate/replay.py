@@ -122,7 +122,7 @@ class Replay:
         return made
 
     def _shared(self, call: Call, at: int) -> Call:
-        """The call with constants that equal those of the batch before taken from there; links kept in the first only."""
+        """The call with constants of the batch before where they are equal; links are kept of the first block only."""
         before = self.calls[-1][at] if self.calls else None
         values: dict[Key, Any] = {}
         for key, value in call.items():
@@ -226,7 +226,7 @@ def reproduces(body: Body, traced: Trace, stacks: Sequence[Stack], batch: Batch)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two arguments are equal; objects that are no tensors, numbers or collections of them need only be alike."""
+    """Whether two arguments are equal; what is no tensor, number or collection of them need only be of one type."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):

@@ -7,7 +7,6 @@ disk a block's moments are one safetensors file, each distinct input once, with 
 measured on; a file with another fingerprint is refused, never used.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,6 +136,20 @@ class Saved:
         replace_tensors(self.file(block), moments, {"identity": self.identity, "inputs": json.dumps(inputs)})
 
 
-def digest(file: str | Path) -> str:
-    """sha256 of a calibration text."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def read_moments(directory: str | Path) -> dict[str, Tensor]:
+    """Module path -> second moment [in, in] of its inputs, from a directory of statistics, as ``compress`` takes them.
+
+    Raises CheckpointError where the directory holds none.
+    """
+    found: dict[str, Tensor] = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        facts = read_header(file).get("__metadata__", {})
+        if "inputs" not in facts:
+            raise CheckpointError(f"{file} holds no statistics; give the directory of `bitloft quantize --statistics`.")
+        moments = read_tensors(file)
+        found |= {name: moments[at] for name, (at, _) in json.loads(facts["inputs"]).items()}
+    if not found:
+        raise CheckpointError(
+            f"{directory} holds no statistics; make them with `bitloft quantize --solver calibrated --statistics DIR`."
+        )
+    return found

@@ -73,13 +73,13 @@ def _batch(examples: Sequence[Example], model: Any, collate: Collator) -> Batch:
     pairs = [_halves(example) for example in examples]
     source, read = _padded([pair[0] for pair in pairs], collate.pad)
     target, taught = _padded([pair[1] for pair in pairs], collate.pad)
-    inputs = {"input_ids": source, "decoder_input_ids": target}
+    both = {"input_ids": source, "decoder_input_ids": target}
     masks = tuple(
         torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask
         for ids, mask in ((source, read), (target, taught))
         if read is not None or taught is not None
     )
-    return Batch(inputs | _given("attention_mask", read) | _given("decoder_attention_mask", taught), masks)
+    return Batch(both | _given("attention_mask", read) | _given("decoder_attention_mask", taught), masks)
 
 
 def _halves(example: Example) -> tuple[Tensor, Tensor]:

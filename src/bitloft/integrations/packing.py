@@ -242,7 +242,7 @@ def dense_of(model: nn.Module, name: str, kind: str, tensors: Mapping[str, Tenso
     ``model`` holds the packed module, on any device; it stays as it is.
     """
     owner, leaf = owner_of(name, kind)
-    module = deepcopy(model.get_submodule(owner))
+    module: Any = deepcopy(model.get_submodule(owner))
     load_tensors(module, {key.removeprefix(f"{owner}."): tensor for key, tensor in tensors.items()})
     if isinstance(module, QuantExperts):
         return matrices(module, module.dense(leaf)).contiguous()

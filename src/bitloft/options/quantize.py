@@ -24,8 +24,9 @@ class QuantizeOptions:
     format: str = option("lm4:64", "number format of the weights, such as nf4:64, lm2:64 or uniform3:128")
     solver: str = option(
         "loftq",
-        "loftq (repair the error with a low-rank start), calibrated (the same where the inputs of a text are), qlora (round, start at zero; published with format nf4:64+dq) "
-        "or qalora (round to a format with +shift, into which pooled adapters merge)",
+        "loftq (repair the error with a low-rank start), calibrated (the same where the inputs of a text are), qlora "
+        "(round, start at zero; published with format nf4:64+dq) or qalora (round to a format with +shift, into which "
+        "pooled adapters merge)",
     )
     rank: int = option(16, "rank of the start; 0 stores none")
     alpha: float | None = option(None, "scaling numerator of the start (default: the rank)")

@@ -4,8 +4,8 @@
 
 The quantize step is error feedback with scales searched in the same norm (``feedback``); the low-rank step is the
 closed-form optimum (``metric.best_product``: CLoQ arXiv 2501.18475, QERA arXiv 2410.06040). Later rounds quantize
-either what the product leaves, ``W - s*B*A`` (``residual``, as LoftQ), or W itself in the norm that forgets what B can still
-repair behind the same A (``projection``, ProjQ arXiv 2606.00494). The best iterate by the stored error is kept.
+either what the product leaves, ``W - s*B*A`` (``residual``, as LoftQ), or W itself in the norm that forgets what B can
+still repair behind the same A (``projection``, ProjQ arXiv 2606.00494). The best iterate by the stored error is kept.
 
 The rank may first go to W's own leading directions, which then need no codes (``split``, SRR arXiv 2602.02001): k of
 least rho_k(W L) * rho_{r-k}(E L), rho_j being the share of energy beyond rank j. That is one more iterate, not a rule.
@@ -144,7 +144,8 @@ class _Job:
 
 def _leveled(a: Float[Tensor, "rank columns"]) -> Float[Tensor, "rank columns"]:
     """Rows at the same norm (B takes up the difference), so that fp16 scales of one tensor fit all."""
-    return a / torch.linalg.vector_norm(a, dim=1, keepdim=True).clamp_min(1e-30)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+    return a / norms.clamp_min(1e-30)
 
 
 def _beyond(matrix: Float[Tensor, "rows columns"], rank: int, generator: torch.Generator) -> Float[Tensor, " ranks"]:

@@ -50,7 +50,7 @@ def fed_forward(
     x: Float[Tensor, "rows columns"], packed: PackedTensor, root: Float[Tensor, "columns columns"]
 ) -> PackedTensor:
     """``packed`` with codes chosen anew for ``x`` under the metric of ``root`` = L; scales, zeros and shifts stay."""
-    return _with_codes(packed, _walk(x, packed, Grids.of(packed), Metric(None, None, root), search=False))
+    return _with_codes(packed, _walk(x, packed.format, Grids.of(packed), root, None, search=False))
 
 
 def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric, sweeps: int = 0) -> PackedTensor:
@@ -60,15 +60,16 @@ def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric, swe
     refit scales of groups and rows, but not those that are coded themselves (+dq).
     """
     plain = encode(x, fmt, ranges=fmt.family == "uniform" and not fmt.has_shifts)
-    if metric.root is None or fmt.family == "half":  # nothing correlates; or nothing is coded
+    root, order = metric.root, metric.order
+    if root is None or fmt.family == "half":  # nothing correlates; or nothing is coded
         return plain
     grids = Grids.of(plain)
     search = fmt.group > 0 and min(fmt.group, x.shape[1]) <= SEARCHED
-    codes = _walk(x, plain, grids, metric, search=search)
+    codes = _walk(x, fmt, grids, root, order, search=search)
     packed = _assembled(plain, codes, grids) if search else _with_codes(plain, codes)
     if fmt.dq:  # rounds scales by more than codes can be left as they are for
         grids = Grids.of(packed)
-        codes = _walk(x, packed, grids, metric, search=False)
+        codes = _walk(x, fmt, grids, root, order, search=False)
     for _ in range(sweeps):
         grids = refitted(x, codes, grids, metric) if fmt.group >= 0 and not fmt.dq else grids
         codes = swept(x, codes, grids, metric)
@@ -76,11 +77,17 @@ def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric, swe
 
 
 def _walk(
-    x: Float[Tensor, "rows columns"], packed: PackedTensor, grids: Grids, metric: Metric, *, search: bool
+    x: Float[Tensor, "rows columns"],
+    fmt: Format,
+    grids: Grids,
+    root: Float[Tensor, "columns columns"],
+    order: Int[Tensor, " columns"] | None,
+    *,
+    search: bool,
 ) -> UInt8[Tensor, "rows columns"]:
     """Codes of all columns, block by block; with ``search`` the grids are replaced by better ones on the way."""
-    fmt, root, size = packed.format, metric.root, grids.size
-    order = torch.arange(x.shape[1]) if metric.order is None else metric.order
+    size = grids.size
+    order = torch.arange(x.shape[1]) if order is None else order
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     errors = torch.zeros_like(x)  # in the order of the walk
     permuted = x[:, order]
