@@ -139,6 +139,11 @@ def test_the_head_is_measured_on_the_finished_model(tmp_path: Path, text: Path) 
     assert head.calibrated["tokens"] == 384
 
 
+def test_blocks_are_not_shared_among_processes(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(OptionError, match="jobs is 2, but calibration goes block by block"):
+        quantize(tiny_model, tmp_path / "out", jobs=2, **{**SETTINGS, "calibrate": str(text)})
+
+
 def test_a_text_that_is_missing_is_said(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"which is no file; give a .txt or .jsonl file"):
         made(tiny_model, tmp_path / "out", tmp_path / "none.txt")

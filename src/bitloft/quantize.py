@@ -159,7 +159,7 @@ def quantize(
     """
     options = options or QuantizeOptions(**settings)
     limit, began = _bytes(shard_size), time.perf_counter()
-    _check_run(str(model), jobs, threads)
+    _check_run(str(model), jobs, threads, calibrated=options.solver == "calibrated" and options.metric != "none")
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
     options, widths = choose_widths(source, options, progress)
@@ -196,10 +196,12 @@ def quantize(
     return report
 
 
-def _check_run(model: str, jobs: int, threads: int) -> None:
+def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None:
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
             raise OptionError(f"{name} is {value}; use 1 or more.")
+    if jobs > 1 and calibrated:
+        raise OptionError(f"jobs is {jobs}, but calibration goes block by block; use jobs 1 and more threads.")
     if jobs > 1 and model.endswith(".gguf"):
         raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
 
