@@ -18,6 +18,7 @@ from bitloft.checkpoint import (
     read_json,
     read_manifest,
     read_tensors,
+    replace_tensors,
     sweep,
     weight_files,
     write_json,
@@ -199,3 +200,16 @@ def test_companions_are_what_a_model_needs_beside_its_weights(tmp_path: Path) ->
     copy_companions(source, target)
     assert {file.name for file in target.iterdir()} == set(wanted)
     assert (target / "generation_config.json").read_text(encoding="utf-8") == "target"
+
+
+def test_replaced_tensors_are_the_old_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "state.safetensors"
+    replace_tensors(file, {"a": torch.zeros(3)})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            replace_tensors(file, {"a": torch.ones(3)})
+    assert torch.equal(read_tensors(file)["a"], torch.zeros(3))
+    replace_tensors(file, {"a": torch.ones(3)}, {"held": "all"})
+    assert torch.equal(read_tensors(file)["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]

@@ -31,7 +31,7 @@ def test_rest_is_the_format_and_options_read_back() -> None:
         ({"steps": "many"}, "steps is 'many'; use 1 or more, or auto"),
         ({"rank": -1}, "rank is -1"),
         ({"alpha": 0.0}, "alpha is 0.0; use a positive number"),
-        ({"solver": "svd"}, "unknown solver 'svd'; use one of loftq, qlora, qalora"),
+        ({"solver": "svd"}, "unknown solver 'svd'; use one of loftq, calibrated, qlora, qalora"),
         ({"rules": ("q_proj",)}, "rules 'q_proj' is not PATTERN=VALUE"),
         ({"rules": ("=nf4:64",)}, "rules '=nf4:64' is not PATTERN=VALUE"),
         ({"rank_for": ("q=many",)}, "rank_for 'q=many': 'many' cannot be used; use PATTERN=NUMBER with 0 or more"),

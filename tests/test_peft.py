@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 from bitloft.adapters import read_adapter
 from bitloft.checkpoint import read_json
@@ -249,3 +249,10 @@ def test_plain_linears_keep_merging(tiny_model: Path) -> None:
     with warnings.catch_warnings(action="error"):
         merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_takes_a_fresh_adapter() -> None:
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    adapted = fresh_adapter(BertModel(config), rank=2, alpha=2.0, targets=("query",))
+    assert adapted.peft_config["default"].task_type == "FEATURE_EXTRACTION"
+    assert adapted(input_ids=torch.arange(6).view(1, 6))[0].shape == (1, 6, 32)

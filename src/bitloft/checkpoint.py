@@ -159,6 +159,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise CheckpointError(f"cannot write {file}: {error}.") from error
 
 
+def replace_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as ``file``, whole or not at all: written beside, fsynced, renamed."""
+    beside = file.with_name(f".{file.name}.tmp")
+    write_tensors(beside, tensors, metadata)
+    _fsync(beside)
+    beside.replace(file)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model or adapter folder, sorted.
 

@@ -55,6 +55,8 @@ def quantize(
             "true bits": f"{report.true_bits:.3f} per weight, {report.true_bits_with_start:.3f} with the start",
             "widths": _widths(report.widths),
             "mean error": f"{before:.4f} rounded, {after:.4f} with the start (relative Frobenius norm)",
+            "refined": _refined(report.refined),
+            "calibrated": _calibration(report.calibration),
             "stored": f"{size(report.stored_bytes)}, of it embeddings {size(report.embedding_bytes)}",
             "was": size(report.source_bytes),
             "chosen": report.selection,
@@ -63,6 +65,14 @@ def quantize(
             "time": f"{report.seconds:.1f} s" + (f", {report.resumed} matrices before" if report.resumed else ""),
         },
     )
+
+
+def _calibration(found: Any) -> str:
+    """What was measured, for people; ``found`` is a Calibration or None."""
+    if found is None:
+        return "no"
+    how = f"{found.sequences:,} sequences of {found.text}, {found.tokens:,} tokens, {found.way}"
+    return how + (f"; {found.reused} blocks from saved statistics" if found.reused else "")
 
 
 def _widths(widths: Any) -> str:
@@ -74,6 +84,18 @@ def _widths(widths: Any) -> str:
     if widths.perplexity is None:
         return f"{found}; not checked on text (give --check-text)"
     return f"{found}; perplexity {widths.perplexity:.4f} against {widths.uniform_perplexity:.4f}, {widths.kept} kept"
+
+
+def _refined(found: Any) -> str:
+    """What refining came to, for people; ``found`` is a RefineReport or None."""
+    if found is None:
+        return "no"
+    before, after = (
+        loss.hidden if loss.next_token is None else loss.next_token for loss in (found.before, found.after)
+    )
+    kind = "error of the last hidden states" if found.before.next_token is None else "nats per token"
+    kept = "" if found.kept else "; it did not lower the loss and was dropped"
+    return f"{before:.4f} -> {after:.4f} {kind}, held out, in {found.steps} steps{kept}"
 
 
 def _reasons(left: Mapping[str, str]) -> str:

@@ -28,6 +28,10 @@ def compress(
     trained_on: TrainedOn = None,
     overwrite: Overwrite = False,
     jobs: Annotated[int, typer.Option("--jobs", help="processes, for a directory of adapters")] = 1,
+    moments: Annotated[
+        Path | None,
+        typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are"),
+    ] = None,
 ) -> None:
     """Quantize a trained adapter, or each in a directory, into packed ones of 0.2 to 4 true bits."""
     from bitloft.bulk import holds_adapters
@@ -38,13 +42,25 @@ def compress(
             raise OptionError("--overwrite is for one adapter; a directory's packed ones are kept or removed by hand.")
         if trained_on is not None:
             raise OptionError("--from is for one adapter; pack those of another base one by one.")
+        if moments is not None:
+            raise OptionError("--moments is for one adapter; a directory's are packed in the plain norm.")
         _compress_all(adapter, out, options, base, data, jobs)
         return
+    from bitloft.calibrate.statistics import read_moments
+
     if jobs != 1:
         raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
     with progress("packing") as step:
         report = verb(
-            adapter, out, options, base=base, data=data, trained_on=trained_on, overwrite=overwrite, progress=step
+            adapter,
+            out,
+            options,
+            base=base,
+            data=data,
+            trained_on=trained_on,
+            moments=None if moments is None else read_moments(moments),
+            overwrite=overwrite,
+            progress=step,
         )
     facts = {
         "method": ", ".join(f"{key}={value}" for key, value in report.method.items()),

@@ -19,7 +19,17 @@ import transformers
 from torch import nn
 
 from bitloft import __version__, card
-from bitloft.checkpoint import copy_companions, fingerprint, weight_files, write_json, write_manifest
+from bitloft.calibrate.refine import RefineReport, refine, sequences
+from bitloft.calibrate.run import Calibration, run_calibrated
+from bitloft.checkpoint import (
+    copy_companions,
+    fingerprint,
+    read_tensors,
+    replace_tensors,
+    weight_files,
+    write_json,
+    write_manifest,
+)
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.formats import Format
 from bitloft.integrations.skeleton import UNPACKED
@@ -27,18 +37,20 @@ from bitloft.integrations.source import Source, open_source
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
 from bitloft.shards import INDEX
-from bitloft.slots import Slots, lay_out, reserve
+from bitloft.slots import Slots, lay_out, reserve, write
 from bitloft.stream import Plan, Progress, make_plan, run
 from bitloft.widths import Widths, choose_widths
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
+REFINE = "refine"  # the journal's name for the tuning, and its directory
 SHARD = "50GB"  # as transformers saves: a base that is loaded and saved again keeps its bytes
 
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding."""
+    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding. ``calibrated`` holds what
+    ``solvers.base.Calibrated`` says: errors where inputs are, damping and tokens; None for other solvers."""
 
     name: str
     format: str
@@ -48,6 +60,7 @@ class MatrixReport:
     bytes: int
     start_bytes: int
     seconds: float
+    calibrated: dict[str, Any] | None = None
 
     @property
     def weights(self) -> int:
@@ -76,6 +89,8 @@ class QuantizeReport:
     selection: str = "by the model class"
     resumed: int = 0
     widths: Widths | None = None
+    refined: RefineReport | None = None
+    calibration: Calibration | None = None
 
     @property
     def weights(self) -> int:
@@ -116,6 +131,8 @@ class QuantizeReport:
             del found[key]
         for row in found["matrices"]:
             del row["seconds"]
+        for key in ("gathered", "reused") if self.calibration is not None else ():
+            del found["calibration"][key]
         return found
 
 
@@ -142,11 +159,13 @@ def quantize(
     """
     options = options or QuantizeOptions(**settings)
     limit, began = _bytes(shard_size), time.perf_counter()
-    _check_run(str(model), jobs, threads)
+    _check_run(str(model), jobs, threads, calibrated=options.solver == "calibrated" and options.metric != "none")
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
     options, widths = choose_widths(source, options, progress)
     plan = make_plan(source, options)
+    if options.refine:
+        sequences(source, plan, options)  # what cannot be refined is refused now, not after hours
     tokenizer = source.tokenizer if plan.skeleton.known else None
     made_of = source.fingerprint()
     identity = _identity(made_of, options, threads, limit)
@@ -154,12 +173,18 @@ def quantize(
         directory = journal.directory
         slots = lay_out(directory, plan.outputs, limit)
         resumed = _prepare(slots, journal)
-        run(source, options, plan, slots, journal, jobs=jobs, threads=threads, progress=progress)
+        calibration = None
+        if plan.measured:
+            calibration = run_calibrated(source, options, plan, slots, journal, threads=threads, progress=progress)
+        else:
+            run(source, options, plan, slots, journal, jobs=jobs, threads=threads, progress=progress)
         if slots.index is not None:
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
+        refined = _refine(source, options, plan, slots, journal, progress) if options.refine else None
         report = _report(str(out), source, plan, journal, directory)
-        report = replace(report, resumed=resumed, widths=widths, seconds=time.perf_counter() - began)
+        report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
+        report = replace(report, seconds=time.perf_counter() - began)
         write_json(directory / REPORT, report.lasting())
         text = card.of_base(replace(report, out=Path(out).name), options)
         (directory / "README.md").write_text(text, encoding="utf-8")
@@ -171,10 +196,12 @@ def quantize(
     return report
 
 
-def _check_run(model: str, jobs: int, threads: int) -> None:
+def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None:
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
             raise OptionError(f"{name} is {value}; use 1 or more.")
+    if jobs > 1 and calibrated:
+        raise OptionError(f"jobs is {jobs}, but calibration goes block by block; use jobs 1 and more threads.")
     if jobs > 1 and model.endswith(".gguf"):
         raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
 
@@ -230,15 +257,36 @@ def _save_settings(plan: Plan, source: Source, tokenizer: Any, directory: Path) 
     copy_companions(Path(source.folder), directory)
 
 
+def _refine(
+    source: Source, options: QuantizeOptions, plan: Plan, slots: Slots, journal: Journal, progress: Progress | None
+) -> RefineReport:
+    """Tune the finished base and write what changed in its old places.
+
+    What is to be written is kept first: a run that is killed while it writes has lost what the tuning began from.
+    """
+    work = journal.directory.parent / REFINE
+    kept = work / "changed.safetensors"
+    if REFINE not in journal.done:
+        found = refine(source, options, plan, journal.directory, work, progress)
+        replace_tensors(kept, found.tensors)
+        journal.add(REFINE, {"report": asdict(found.report), "errors": found.errors})
+    write(slots, ((name, [tensor]) for name, tensor in read_tensors(kept).items()))
+    return RefineReport.read(journal.done[REFINE]["report"])
+
+
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def _report(out: str, source: Source, plan: Plan, journal: Journal, directory: Path) -> QuantizeReport:
     rows = []
+    again = journal.done.get(REFINE, {}).get("errors", {})
     for name in plan.steps:
         record = journal.done[name]
         share = record["seconds"] / len(record["matrices"])
-        rows += [MatrixReport(**row | {"shape": tuple(row["shape"])}, seconds=share) for row in record["matrices"]]
+        for row in record["matrices"]:
+            before, after = again.get(row["name"], (row["error_before"], row["error_after"]))
+            errors = {"error_before": before, "error_after": after}
+            rows.append(MatrixReport(**row | {"shape": tuple(row["shape"])} | errors, seconds=share))
     embedding, other = _unpacked_bytes(plan)
     read = {name for reading in plan.skeleton.readings for name in reading.sources}
     return QuantizeReport(

@@ -42,8 +42,8 @@ class ModulePlan:
 
     @property
     def start_rank(self) -> int:
-        """Rank of the start that is stored: only LoftQ's is not zero."""
-        return self.rank if self.solver == "loftq" else 0
+        """Rank of the start that is stored: other solvers leave it zero."""
+        return self.rank if self.solver in ("loftq", "calibrated") else 0
 
     @property
     def scaling(self) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from multiprocessing import get_context, parent_process
 from typing import Any
@@ -80,6 +80,12 @@ class Plan:
     outputs: dict[str, Spec]
 
     @property
+    def measured(self) -> bool:
+        """True where the solver wants statistics of the inputs, so that blocks must be solved in order."""
+        options = self.quantizer.quantization_config.options
+        return options.solver == "calibrated" and options.metric != "none"
+
+    @property
     def matrices(self) -> tuple[Matrix, ...]:
         return tuple(matrix for step in self.steps.values() for matrix in step.matrices)
 
@@ -89,7 +95,7 @@ def make_plan(source: Source, options: QuantizeOptions) -> Plan:
     register()
     skeleton = open_skeleton(source)
     model, dense = skeleton.model, skeleton.dense()
-    quantizer = BitloftQuantizer(BitloftConfig(options))
+    quantizer = BitloftQuantizer(BitloftConfig(options.recorded()))
     quantizer.preprocess_model(model, checkpoint_files=source.files())
     left = quantizer.left | skeleton.dropped
     packed = specs_of(model.state_dict())
@@ -149,7 +155,7 @@ def run(
 ) -> None:
     """Do what the journal does not yet hold, by ``jobs`` processes of ``threads`` threads each."""
     todo = [name for name in plan.steps if name not in journal.done]
-    clock = _Clock(plan, journal, progress)
+    clock = Clock(plan, journal, progress)
     if jobs > 1 and len(todo) > 1:
         workers = ProcessPoolExecutor(
             min(jobs, len(todo)),
@@ -167,10 +173,15 @@ def run(
         finally:
             workers.shutdown(cancel_futures=True)
     else:
-        with _threads(threads):
+        with limited(threads):
             for name in todo:
                 journal.add(name, solve_step(plan, name, slots))
                 clock.tick(name)
+    copy_rest(plan, slots, journal)
+
+
+def copy_rest(plan: Plan, slots: Slots, journal: Journal) -> None:
+    """Write what is not packed."""
     if COPIES not in journal.done:
         write(slots, ((name, stored.chunks()) for name, stored in plan.copies.items()))
         journal.add(COPIES, {})
@@ -196,7 +207,10 @@ def _rows(plan: Plan, matrix: Matrix) -> list[dict[str, Any]]:
     for name in names:
         before, after = plan.quantizer.errors[name]
         sizes = {"bytes": stored // count, "start_bytes": starts // count}
-        rows.append({"name": name, "error_before": before, "error_after": after, **shared, **sizes})
+        row = {"name": name, "error_before": before, "error_after": after, **shared, **sizes}
+        if name in plan.quantizer.calibrated:
+            row["calibrated"] = asdict(plan.quantizer.calibrated[name])
+        rows.append(row)
     return rows
 
 
@@ -215,7 +229,7 @@ def _tensors(plan: Plan, step: Step) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited(count: int) -> Iterator[None]:
     """Torch's number of threads: results depend on it in the last digit."""
     usual = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -246,7 +260,7 @@ def _work(name: str) -> dict[str, Any]:
     return solve_step(_worker["plan"], name, _worker["slots"])
 
 
-class _Clock:
+class Clock:
     """Counts matrices for the progress callback; time left is measured by weights, since matrices differ in size."""
 
     def __init__(self, plan: Plan, journal: Journal, progress: Progress | None) -> None:

@@ -9,7 +9,8 @@ Who quantizes a model (on load, in place, streamed) asks here which matrices a t
 under which names a solution is stored; nobody else knows about kinds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from bitloft.formats import Format
 from bitloft.modules.embedding import QuantEmbedding, Table, TiedEmbedding, TiedHead, scale_of
 from bitloft.modules.experts import QuantExperts, matrices
 from bitloft.modules.linear import QuantConv1D, QuantLinear, replace_module
+from bitloft.modules.parts import load_tensors
 from bitloft.modules.select import tied_modules
 from bitloft.rules import StoredModule
 
@@ -232,6 +234,20 @@ def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 head = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             head.weight, head.bias = tables[id(module.table[0])], module.bias
             replace_module(model, name, head)
+
+
+def dense_of(model: nn.Module, name: str, kind: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*experts _ _"]:
+    """Q + s0 * B0 @ A0 in float32 of one chosen weight from its stored ``tensors``, shaped as the dense model has it.
+
+    ``model`` holds the packed module, on any device; it stays as it is.
+    """
+    owner, leaf = owner_of(name, kind)
+    module: Any = deepcopy(model.get_submodule(owner))
+    load_tensors(module, {key.removeprefix(f"{owner}."): tensor for key, tensor in tensors.items()})
+    if isinstance(module, QuantExperts):
+        return matrices(module, module.dense(leaf)).contiguous()
+    dense: Tensor = module.dense()
+    return dense.T.contiguous() if kind == "conv1d" else dense
 
 
 def dense_linear(layer: QuantLinear, weight: Float[Tensor, "rows columns"]) -> nn.Module:

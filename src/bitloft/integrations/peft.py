@@ -108,7 +108,7 @@ def fresh_adapter(
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=_short(model, set(names)),
-        task_type="CAUSAL_LM",
+        task_type=_task(model),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,7 +135,7 @@ def start_adapter(model: PreTrainedModel, *, dropout: float = 0.0) -> PeftModel:
         lora_alpha=_plain(scaling * rank),
         lora_dropout=dropout,
         target_modules=_short(model, set(started)),
-        task_type="CAUSAL_LM",
+        task_type=_task(model),
     )
     adapted = _adapt(model, config)
     for layer in _lora_layers(adapted).values():
@@ -143,6 +143,11 @@ def start_adapter(model: PreTrainedModel, *, dropout: float = 0.0) -> PeftModel:
         layer.lora_A["default"].weight.data.copy_(base.start_a())
         layer.lora_B["default"].weight.data.copy_(base.start_b())
     return adapted
+
+
+def _task(model: PreTrainedModel) -> str:
+    """PEFT's name for what the model does: its causal class asks for a method that encoders do not have."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
 
 
 def _adapt(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

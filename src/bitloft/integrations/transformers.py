@@ -39,7 +39,8 @@ from bitloft.modules.parts import stored_tensors
 from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan, StoredModule, resolve
-from bitloft.solvers import Solution, solve
+from bitloft.solvers import Solution, Statistics, solve
+from bitloft.solvers.base import Calibrated
 
 __all__ = ["BitloftConfig", "BitloftQuantizer", "base_record", "load", "load_tokenizer", "register"]
 
@@ -99,7 +100,8 @@ class BitloftConfig(QuantizationConfigMixin):
 
 class BitloftQuantizer(HfQuantizer):
     """Builds the skeleton, quantizes on load, saves. ``errors`` holds (before, after) of every matrix that it solved,
-    ``left`` the reasons for what it left alone."""
+    ``calibrated`` the same where inputs are, ``left`` the reasons for what it left alone. ``statistics`` of the inputs
+    are given by who gathers them, before the matrices that they are of are solved."""
 
     requires_calibration = False
     quantization_config: BitloftConfig
@@ -107,6 +109,8 @@ class BitloftQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitloftConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.errors: dict[str, tuple[float, float]] = {}
+        self.calibrated: dict[str, Calibrated] = {}
+        self.statistics: dict[str, Statistics] = {}
         self.left: dict[str, str] = {}
         self.plans: dict[str, ModulePlan] = {}
         self.tables: dict[str, str] = {}  # digests of the tables solved so far
@@ -182,8 +186,11 @@ class _Quantize(ConversionOps):
     def _solve(self, model: nn.Module, name: str, kind: str, weight: Tensor) -> list[Solution]:
         quantizer, solutions = self.quantizer, []
         for matrix, values in matrices_of(model, name, kind, weight):
-            solution = solve(matrix, values, quantizer.plans[name], quantizer.quantization_config.options)
+            options, statistics = quantizer.quantization_config.options, quantizer.statistics.get(matrix)
+            solution = solve(matrix, values, quantizer.plans[name], options, statistics)
             quantizer.errors[matrix] = (solution.error_before, solution.error_after)
+            if solution.calibrated is not None:
+                quantizer.calibrated[matrix] = solution.calibrated
             solutions.append(solution)
         return solutions
 

@@ -1,12 +1,16 @@
 """How a base is quantized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitloft.formats import Format
 from bitloft.options.fields import option, require, require_choices, require_positive
 from bitloft.patterns import first_layers_of, number_rule, patterns, split_rule, steps_of
 
-SOLVERS = ("loftq", "qlora", "qalora")
+SOLVERS = ("loftq", "calibrated", "qlora", "qalora")
+METRICS = ("full", "diagonal", "none")
+FEEDBACK = ("forward", "reverse", "activation", "none")
+VARIANTS = ("residual", "projection")
+PARTS = ("start", "scales", "norms")  # that refine can tune
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class QuantizeOptions:
     format: str = option("lm4:64", "number format of the weights, such as nf4:64, lm2:64 or uniform3:128")
     solver: str = option(
         "loftq",
-        "loftq (repair the error with a low-rank start), qlora (round, start at zero; published with format nf4:64+dq) "
-        "or qalora (round to a format with +shift, into which pooled adapters merge)",
+        "loftq (repair the error with a low-rank start), calibrated (the same where the inputs of a text are), qlora "
+        "(round, start at zero; published with format nf4:64+dq) or qalora (round to a format with +shift, into which "
+        "pooled adapters merge)",
     )
     rank: int = option(16, "rank of the start; 0 stores none")
     alpha: float | None = option(None, "scaling numerator of the start (default: the rank)")
@@ -38,6 +43,24 @@ class QuantizeOptions:
     check_text: str | None = option(
         None, "text file: keep the widths of target_bits only where they beat one width for all in perplexity"
     )
+    calibrate: str | None = option(None, "text (.txt or .jsonl) whose activations the calibrated solver measures")
+    samples: int = option(128, "sequences of the calibration text")
+    calibrate_length: int = option(512, "tokens of a calibration sequence")
+    statistics: str | None = option(None, "directory that keeps what was measured, for other runs on the same text")
+    metric: str = option("full", "full second moment of the inputs, its diagonal, or none (weights only, no text)")
+    feedback: str = option(
+        "activation", "order in which codes correct each other: forward, reverse, activation, or none"
+    )
+    sweeps: int = option(2, "joint refits of scales and codes after the feedback")
+    rounds: int = option(3, "rounds of the calibrated solver (1 to 3 pay); the best one is kept")
+    variant: str = option(
+        "residual", "what later rounds quantize: residual (W - BA) or projection (what BA cannot reach)"
+    )
+    split: str = option("0", "directions of W that the start keeps before quantizing: a number, or auto")
+    damping: float = option(0.03, "added to the second moment, in parts of its mean diagonal")
+    refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
+    refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
+    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms; repeat for more")
     target: tuple[str, ...] = option((), "quantize only linears whose name matches one of these shell patterns")
     skip: tuple[str, ...] = option((), "leave linears whose name matches one of these shell patterns in 16 bit")
     embeddings: bool = option(False, "quantize token tables too; with a tied head, head must be given as well")
@@ -47,9 +70,10 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", steps_of(self.steps))
-        for name in ("rank_for", "alpha_for", "rules", "target", "skip"):
+        for name in ("rank_for", "alpha_for", "rules", "target", "skip", "refine_parts"):
             object.__setattr__(self, name, patterns(name, getattr(self, name)))
         self._take_rest()
+        self._check_calibration()
         for text in (self.format, self.start_format, *(split_rule("rules", rule)[1] for rule in self.rules)):
             Format.parse(text)
         require_choices(solver=(self.solver, SOLVERS))
@@ -70,6 +94,30 @@ class QuantizeOptions:
             self.check_text is None or self.target_bits is not None,
             "check_text compares the widths that target_bits chose; give target_bits too or leave check_text out.",
         )
+
+    def recorded(self) -> "QuantizeOptions":
+        """What a base's config says of these options: texts by name, nothing of where they lay on this machine."""
+        text = self.calibrate and self.calibrate.replace("\\", "/").rpartition("/")[2]
+        return replace(self, calibrate=text, statistics=None)
+
+    def _check_calibration(self) -> None:
+        require_choices(
+            metric=(self.metric, METRICS), feedback=(self.feedback, FEEDBACK), variant=(self.variant, VARIANTS)
+        )
+        require_positive(self, "samples", "damping")
+        require(self.calibrate_length >= 2, f"calibrate_length is {self.calibrate_length}; use 2 tokens or more.")
+        require(self.sweeps >= 0, f"sweeps is {self.sweeps}; use 0 or more.")
+        require(self.rounds >= 1, f"rounds is {self.rounds}; use 1 or more.")
+        require(self.split == "auto" or self.split.isdecimal(), f"split is {self.split!r}; use a number or auto.")
+        require(
+            self.calibrate is None or self.solver == "calibrated" or self.refine > 0,
+            f"calibrate is for the solver calibrated or for refine, and the solver is {self.solver}; leave it out.",
+        )
+        require(self.refine >= 0, f"refine is {self.refine}; use 0 (none) or more steps.")
+        require(not self.refine or self.calibrate is not None, "refine tunes on a text; give calibrate too.")
+        require_positive(self, "refine_rate")
+        for part in self.refine_parts:
+            require_choices(refine_parts=(part, PARTS))
 
     def _take_rest(self) -> None:
         """``rest`` is another spelling of ``format``, for the paper's rule."""

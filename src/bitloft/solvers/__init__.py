@@ -8,12 +8,13 @@ from bitloft.formats import Format
 from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan
 from bitloft.solvers.base import Solution
+from bitloft.solvers.calibrated import Statistics, calibrated
 from bitloft.solvers.loftq import loftq
 from bitloft.solvers.lowrank import generator_for
 from bitloft.solvers.qalora import qalora
 from bitloft.solvers.qlora import qlora
 
-__all__ = ["Solution", "check_rank", "require_finite", "solve"]
+__all__ = ["Solution", "Statistics", "check_rank", "require_finite", "solve"]
 
 
 def require_finite(name: str, weight: Tensor) -> None:
@@ -33,17 +34,35 @@ def check_rank(name: str, shape: tuple[int, ...], plan: ModulePlan) -> None:
         )
 
 
-def solve(name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions) -> Solution:
+def solve(
+    name: str, weight: Tensor, plan: ModulePlan, options: QuantizeOptions, statistics: Statistics | None = None
+) -> Solution:
     """Quantize one matrix [out, in] by the solver, format, rank and scaling of its ``plan``; ``options`` give the rest.
 
     ``name`` seeds the SVD and appears in errors. Raises CheckpointError on NaN or infinity, OptionError where the rank
-    exceeds min(out, in).
+    exceeds min(out, in), and for ``calibrated`` where its metric needs ``statistics`` and none are given.
     """
     require_finite(name, weight)
     check_rank(name, tuple(weight.shape), plan)
     matrix, fmt = weight.detach().float(), Format.parse(plan.format)
     if plan.solver == "qalora":
         return qalora(matrix, fmt)
+    if plan.solver == "calibrated":
+        if statistics is None and options.metric != "none":
+            raise OptionError(
+                f"the calibrated solver has no statistics of the inputs of {name}; quantize with calibrate=FILE (a "
+                "model cannot be calibrated while it is loaded), or use metric none."
+            )
+        return calibrated(
+            matrix,
+            fmt,
+            rank=plan.start_rank,
+            scaling=plan.scaling,
+            start_format=Format.parse(options.start_format),
+            statistics=statistics or Statistics(None),
+            options=options,
+            generator=generator_for(options.seed, name),
+        )
     if not plan.start_rank:
         return qlora(matrix, fmt)
     return loftq(

@@ -27,14 +27,26 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """The same two relative errors where inputs are, sqrt(tr(E S E^T) / tr(W S W^T)); S over ``tokens`` inputs, with
+    ``damping`` times the mean of its diagonal added."""
+
+    before: float
+    after: float
+    damping: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """Codes of one matrix with its start. Errors are relative: |W - Q| / |W| and |W - Q - s0*B0*A0| / |W| (Frobenius),
-    measured on what is stored, so a loaded model shows the same figures."""
+    measured on what is stored, so a loaded model shows the same figures. ``calibrated`` is there where inputs were."""
 
     weight: PackedTensor
     start: Start | None
     error_before: float
     error_after: float
+    calibrated: Calibrated | None = None
 
 
 def relative(residual: Float[Tensor, "rows columns"], weight: Float[Tensor, "rows columns"]) -> float:

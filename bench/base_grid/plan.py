@@ -1,0 +1,133 @@
+"""Rows, bits and the order of the grid's cells.
+
+A row is a way to make a base and the way it is trained on: ``start`` trains the start itself (LoftQ as published),
+``fresh`` a new LoRA of rank 16 over the frozen base. Refining takes REFINE steps, which rows without it are granted as
+training steps wherever the two are compared.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+RANK = 16  # of every trained adapter, and of every start that is trained
+SHARED_RANK = 64  # of a start that stays with the base
+REFINE = 120
+STEPS = (120, 480)
+RATES = (2e-4, 5e-4, 1e-3)
+SEEDS = (0, 1, 2)
+BITS = (2.25, 2.5, 3.25, 4.25)
+TASKS = ("wikitext2", "gsm8k", "sst2", "mrpc")
+
+NF = {2.25: "nf2:64", 2.5: "nf2:32", 3.25: "nf3:64", 4.25: "nf4:64"}
+LM = {2.25: "lm2:64", 2.5: "lm2:32", 3.25: "lm3:64", 4.25: "lm4:64"}
+TENSOR = {2.25: "uniform2:tensor", 3.25: "uniform3:tensor", 4.25: "uniform4:tensor"}  # 2.00, 3.00, 4.00: no group scale
+
+
+@dataclass(frozen=True)
+class Row:
+    """``maker``: bitloft, none (the 16-bit model) or a peer; ``settings`` are those of ``bitloft.quantize``."""
+
+    name: str
+    formats: Mapping[float, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trains: str = "fresh"
+    maker: str = "bitloft"
+
+    @property
+    def refined(self) -> bool:
+        return bool(self.settings.get("refine"))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether making the base reads the calibration text."""
+        return self.refined or self.settings.get("solver") == "calibrated"
+
+
+LORA16, PUBLISHED, AUTOROUND = "16-bit LoRA", "LoftQ nf", "AutoRound"  # a peer's format is its bits, group 64
+CALIBRATED: dict[str, Any] = {"solver": "calibrated", "rank": RANK}
+SHARED: dict[str, Any] = {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE}
+OURS = "+refine"
+
+ROWS = (
+    Row(LORA16, maker="none"),
+    Row(PUBLISHED, NF, {"solver": "loftq", "rank": RANK}, "start"),
+    Row("calibrated", LM, CALIBRATED, "start"),
+    Row(OURS, LM, SHARED),
+    Row("LoftQ lm", LM, {"solver": "loftq", "rank": RANK}, "start"),
+    Row(AUTOROUND, {2.25: "2", 3.25: "3", 4.25: "4"}, maker="autoround"),
+    Row("LoftQ uniform:tensor", TENSOR, {"solver": "loftq", "rank": RANK}, "start"),
+    Row("QLoRA", NF, {"solver": "qlora", "rank": 0}),
+    Row("+allocate", dict.fromkeys(BITS, "lm2:64"), SHARED | {"target_bits": None}),
+)
+# each ingredient alone, and everything but it
+ABLATIONS = (
+    Row("refine alone", LM, SHARED | {"solver": "loftq"}),
+    Row("calibrated r64", LM, CALIBRATED | {"rank": SHARED_RANK}),
+    Row("calibrated, no feedback", LM, CALIBRATED | {"feedback": "none"}, "start"),
+    Row("calibrated, diagonal", LM, CALIBRATED | {"metric": "diagonal"}, "start"),
+    Row("calibrated, no data", LM, CALIBRATED | {"metric": "none"}, "start"),
+    Row("calibrated, one round", LM, CALIBRATED | {"rounds": 1}, "start"),
+    Row("calibrated, projection", LM, CALIBRATED | {"variant": "projection"}, "start"),
+    Row("calibrated, split", LM, CALIBRATED | {"split": "auto"}, "start"),
+    Row("+refine, 8-bit start", LM, SHARED | {"rank": SHARED_RANK // 2, "start_format": "int8:row"}),
+    Row("+refine with scales", LM, SHARED | {"refine_parts": ("start", "scales")}),
+    Row("+refine with norms", LM, SHARED | {"refine_parts": ("start", "norms")}),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run; ``steps`` include what a row without refining is granted."""
+
+    row: Row
+    bits: float
+    task: str
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"row": self.row.name, "bits": self.bits, "task": self.task, "seed": self.seed, "steps": self.steps}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of the grid is run, and how long a run is."""
+
+    rows: tuple[Row, ...]
+    bits: tuple[float, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]
+    rates: tuple[float, ...]
+    refine: int
+    batch: int = 4
+    length: int = 256
+    judged: int = 64  # sequences of 512 tokens, or rows
+    samples: int = 128  # calibration sequences of 512 tokens
+
+    def cells(self) -> Iterator[Cell]:
+        """The 2-bit column and the first task first, ablations last; every seed of a cell before the next cell."""
+        for task in self.tasks:
+            for bits in self.bits:
+                for steps in self.steps:
+                    for row in self.rows:
+                        if row.maker == "none" or bits in row.formats:
+                            yield from self._runs(row, bits, task, steps)
+
+    def _runs(self, row: Row, bits: float, task: str, steps: int) -> Iterator[Cell]:
+        at = 16.0 if row.maker == "none" else bits
+        for seed in self.seeds:
+            yield Cell(row, at, task, seed, steps)
+        for seed in () if row.refined else self.seeds:
+            yield Cell(row, at, task, seed, steps + self.refine)
+
+
+def effort_of(mode: str) -> Effort:
+    """``quick`` is the 2-bit column of three rows, one seed, an eighth of the steps and one learning rate."""
+    if mode == "full":
+        return Effort(ROWS + ABLATIONS, BITS, TASKS, SEEDS, STEPS, RATES, REFINE)
+    few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))
+    if mode == "quick":
+        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (5e-4,), 8, batch=2, length=128, judged=4, samples=8)
+    return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4)

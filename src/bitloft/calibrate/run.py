@@ -1,0 +1,185 @@
+"""The calibrated run: block by block, gather, solve, write, and go on with what was written.
+
+    for each block:   S of its inputs, from activations that passed the quantized blocks before it
+                      each of its matrices solved by the stream's own step, and written to its place
+                      the block run once more with what is stored, for the inputs of the next block
+
+One block and its statistics are in memory, and the activations of the calibration text. An interrupted run goes on: for
+a block that the journal has, the stored weights are read back and only the last of the three lines is done. Linears
+outside of all blocks (an output head) come last, under what they read from the finished model.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitloft.calibrate.blocks import Stack, stacks_of
+from bitloft.calibrate.replay import Replay, Whole, linked, reproduces, trace
+from bitloft.calibrate.statistics import Gatherer, Saved
+from bitloft.calibrate.text import Batch, read_batches
+from bitloft.errors import OptionError
+from bitloft.integrations.body import Body
+from bitloft.integrations.packing import dense_of
+from bitloft.integrations.source import Source
+from bitloft.journal import Journal
+from bitloft.options import QuantizeOptions
+from bitloft.slots import Slots
+from bitloft.solvers import Statistics
+from bitloft.stream import Clock, Plan, Progress, Step, copy_rest, limited, solve_step
+
+OUTSIDE = ""  # the name of what is in no block
+
+
+@dataclass
+class Calibration:
+    """What was gathered. ``way`` says how: block by block, or why the whole model had to be in memory. ``gathered`` and
+    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.)"""
+
+    text: str
+    sequences: int
+    tokens: int
+    way: str
+    gathered: int = 0
+    reused: int = 0
+
+
+def text_identity(source: Source, options: QuantizeOptions) -> dict[str, Any]:
+    """What statistics depend on, but for how the blocks before were quantized."""
+    text = Path(str(options.calibrate))
+    if not text.is_file():
+        raise OptionError(f"calibrate is {text}, which is no file; give a .txt or .jsonl file.")
+    found = {"source": source.fingerprint(), "text": hashlib.sha256(text.read_bytes()).hexdigest()}
+    return found | {"samples": options.samples, "length": options.calibrate_length}
+
+
+def run_calibrated(
+    source: Source,
+    options: QuantizeOptions,
+    plan: Plan,
+    slots: Slots,
+    journal: Journal,
+    *,
+    threads: int,
+    progress: Progress | None,
+) -> Calibration:
+    """Do what the journal does not yet hold, block by block, under statistics of the text ``options.calibrate``.
+
+    Statistics are read from ``options.statistics`` where it has them, and written there where not (without it, to the
+    run's own work directory). Raises OptionError for a model that cannot be run, DataError for a text too short.
+    """
+    identity = text_identity(source, options)
+    directory = options.statistics and Path(options.statistics)
+    saved = Saved(directory or journal.directory.parent / "statistics", identity)
+    with limited(threads), torch.no_grad():
+        body = Body(source)
+        job = _Job(body, plan, slots, journal, saved, Clock(plan, journal, progress))
+        job.batches = read_batches(
+            str(options.calibrate), body.model, source.tokenizer,
+            samples=options.samples, length=options.calibrate_length,
+        )  # fmt: skip
+        report = job.run(Path(str(options.calibrate)).name)
+    copy_rest(plan, slots, journal)
+    return report
+
+
+@dataclass
+class _Job:
+    body: Body
+    plan: Plan
+    slots: Slots
+    journal: Journal
+    saved: Saved
+    clock: Clock
+    batches: Sequence[Batch] = ()
+
+    def run(self, text: str) -> Calibration:
+        stacks = stacks_of(self.body.model)
+        self.body.fill_all_but([block for stack in stacks for block in stack.blocks])
+        walker, stacks, way = self._walker(stacks)
+        rows = sum(len(batch.inputs["input_ids"]) for batch in self.batches)
+        self.report = Calibration(text, rows, sum(batch.tokens for batch in self.batches), way)
+        for stack in stacks:
+            walker.capture(self.batches, stack)
+            for at, block in enumerate(stack.blocks):
+                self._block(walker, at, block)
+        inside = tuple(f"{block}." for stack in stacks for block in stack.blocks)
+        outside = [name for name in self.plan.steps if not name.startswith(inside)]
+        if outside:
+            with self._solving(OUTSIDE, outside) as gatherer:
+                if gatherer is not None:
+                    walker.finish(self.batches, lambda number: gatherer.begin(self.batches[number].masks))
+        return self.report
+
+    def _walker(self, stacks: list[Stack]) -> tuple[Replay | Whole, list[Stack], str]:
+        """How the blocks are run, found out by one real forward of one sequence."""
+        probe = Batch({key: value[:1] for key, value in self.batches[0].inputs.items()})
+        traced = trace(self.body, stacks, probe)
+        found = linked(traced, stacks) if stacks else "its class names no blocks (_no_split_modules)"
+        why = found if isinstance(found, str) else reproduces(self.body, traced, found, probe)
+        if why is None and not isinstance(found, str):
+            forms = {name: output for name, _, output in traced.calls}
+            return Replay(self.body, found, forms), found, "block by block"
+        counts = Counter(name for name, _, _ in traced.calls)
+        stacks = [Stack(tuple(b for b in stack.blocks if counts[b])) for stack in stacks]
+        return Whole(self.body, self.batches, counts), stacks, f"whole model in memory: {why}"
+
+    def _steps(self, block: str) -> list[str]:
+        """The steps of a block."""
+        return [name for name in self.plan.steps if name.startswith(f"{block}.")]
+
+    def _block(self, walker: Replay | Whole, at: int, block: str) -> None:
+        """One block: gather and solve what is not done, then go on with what is stored."""
+        self.body.fill([] if self.body.resident else self.body.within(block))
+        steps = self._steps(block)
+        with self._solving(block, steps) as gatherer:
+            if gatherer is not None:
+                walker.gather(at, lambda number: gatherer.begin(self.batches[number].masks))
+        for name in steps:
+            self._put_stored(self.plan.steps[name])
+        walker.advance(at)
+        self.body.drop(block)
+
+    @contextmanager
+    def _solving(self, block: str, steps: Sequence[str]) -> Iterator[Gatherer | None]:
+        """Gather inside, where statistics are missing; solve on leaving."""
+        kinds = {name: stored.kind for name, stored in self.plan.quantizer.quantization_config.stored().items()}
+        wanted = {m.name: kinds[m.name] for name in steps for m in self.plan.steps[name].matrices}
+        todo = [name for name in steps if name not in self.journal.done]
+        known = self.saved.read(block) if todo else {}
+        if known is None:
+            gatherer = Gatherer(self.body.model, wanted)
+            with gatherer.hooked():
+                yield gatherer
+            known = gatherer.statistics()
+            self.saved.write(block, known)
+            self.report.gathered += 1
+        else:
+            yield None
+            self.report.reused += bool(todo)
+        quantizer = self.plan.quantizer
+        quantizer.statistics = _Known(known)
+        for name in todo:
+            self.journal.add(name, solve_step(self.plan, name, self.slots))
+            self.clock.tick(name)
+        quantizer.statistics = {}
+
+    def _put_stored(self, step: Step) -> None:
+        """Give the dense model what the output holds of a step's matrices."""
+        model = self.plan.skeleton.model
+        kinds = self.plan.quantizer.quantization_config.stored()
+        for matrix in step.matrices:
+            tensors = {name: self.slots.places[name].read() for name in matrix.outputs}
+            self.body.put(matrix.target, dense_of(model, matrix.name, kinds[matrix.name].kind, tensors))
+
+
+class _Known(dict[str, Statistics]):
+    """Statistics by matrix; empty ones for a matrix that no token reached, such as an expert that no token chose."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, Statistics(None))

@@ -1,0 +1,140 @@
+"""Refining a finished base on a tiny model: the loss falls, what is stored was measured, kills leave no trace."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitloft.calibrate import refine as module
+from bitloft.checkpoint import write_manifest
+from bitloft.errors import DataError, OptionError
+from bitloft.integrations.loading import load
+from bitloft.integrations.source import open_source
+from bitloft.modules.linear import quant_linears
+from bitloft.options import QuantizeOptions
+from bitloft.quantize import QuantizeReport, quantize
+from bitloft.stream import make_plan
+from tests.helpers import WORDS
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty short sequences, of which four are held out."""
+    for name, value in (("LENGTH", 16), ("BATCH", 2), ("HELD", 4)):
+        monkeypatch.setattr(module, name, value)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join([WORDS] * 12), encoding="utf-8")
+    return file
+
+
+def made(model: Path, out: Path, text: Path, **settings: Any) -> QuantizeReport:
+    given = {"format": "lm2:32", "rank": 8, "calibrate": str(text), "refine": 12, "refine_rate": 3e-3, **settings}
+    return quantize(model, out, **given)
+
+
+@pytest.mark.parametrize("parts", [("start",), ("start", "scales", "norms"), ("scales",)])
+def test_the_loss_falls_and_the_base_holds_what_was_measured(
+    tiny_model: Path, tmp_path: Path, text: Path, parts: tuple[str, ...]
+) -> None:
+    plain = quantize(tiny_model, tmp_path / "plain", format="lm2:32", rank=8)
+    report = made(tiny_model, tmp_path / "refined", text, refine_parts=parts)
+    found = report.refined
+    assert found is not None
+    assert found.kept
+    assert found.parts == parts
+    assert found.after.hidden < found.before.hidden
+    assert found.teacher == "one of 2 blocks"
+    assert report.fingerprint != plain.fingerprint
+    assert [m.bytes for m in report.matrices] == [m.bytes for m in plain.matrices]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "refined"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any(key.endswith("_proj.weight") for key in changed)  # codes never move
+    assert any("norm" in key for key in changed) == ("norms" in parts)
+    assert any(key.endswith("weight_scales") for key in changed) == ("scales" in parts)
+    assert any(key.endswith(".a0") for key in changed) == ("start" in parts)
+    dense = load_file(tiny_model / "model.safetensors")
+    layers = quant_linears(load(tmp_path / "refined"))
+    for matrix in report.matrices:
+        weight = dense[f"{matrix.name}.weight"].float()
+        error = (weight - layers[matrix.name].dense()).norm() / weight.norm()
+        assert matrix.error_after == pytest.approx(float(error), rel=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitloft.calibrate.tuning.SAVE_EVERY", 5)
+    settings: dict[str, Any] = {"refine_parts": ("start", "scales", "norms")}
+    whole = made(tiny_model, tmp_path / "whole", text, **settings)
+
+    def killed(done: int, total: int, what: str) -> None:
+        if what.startswith("refining") and done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(tiny_model, tmp_path / "cut", text, progress=killed, **settings)
+    monkeypatch.setattr("bitloft.calibrate.teacher.Teacher.open", lambda source: pytest.fail("asked again"))
+    cut = made(tiny_model, tmp_path / "cut", text, resume=True, **settings)
+    assert cut.fingerprint == whole.fingerprint
+    assert cut.refined == whole.refined
+    assert not (tmp_path / "cut.work").exists()
+
+
+def test_a_run_killed_while_it_writes_does_not_refine_the_refined(
+    tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"refine_parts": ("start", "scales")}
+    whole = made(tiny_model, tmp_path / "whole", text, **settings)
+    verb = sys.modules["bitloft.quantize"]  # the attribute of that name is the function
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verb, "write_manifest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tiny_model, tmp_path / "cut", text, **settings)
+    monkeypatch.setattr(verb, "write_manifest", write_manifest)
+    cut = made(tiny_model, tmp_path / "cut", text, resume=True, **settings)
+    assert (cut.fingerprint, cut.refined) == (whole.fingerprint, whole.refined)
+
+
+def test_a_tuning_that_does_not_help_is_dropped(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    plain = quantize(tiny_model, tmp_path / "plain", format="lm2:32", rank=8)
+    report = made(tiny_model, tmp_path / "worse", text, refine_rate=30.0)
+    assert report.refined is not None
+    assert not report.refined.kept
+    assert report.refined.after == report.refined.before
+    assert report.fingerprint == plain.fingerprint
+    assert report.matrices[0].error_after == plain.matrices[0].error_after
+
+
+def test_the_report_is_in_the_directory(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    report = made(tiny_model, tmp_path / "base", text)
+    held = json.loads((tmp_path / "base" / "bitloft_report.json").read_text())["refined"]
+    assert module.RefineReport.read(held) == report.refined
+    assert held["steps"] == 12
+
+
+def test_what_cannot_be_refined_is_refused(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(OptionError, match="nothing to tune: this base has no start"):
+        made(tiny_model, tmp_path / "out", text, rank=0)
+    text.write_text("too short a text", encoding="utf-8")
+    with pytest.raises(DataError, match=r"has \d+ sequences of 16 tokens; refining needs 96 tokens or more"):
+        made(tiny_model, tmp_path / "out", text)
+    with pytest.raises(OptionError, match="refine tunes on a text; give calibrate too"):
+        quantize(tiny_model, tmp_path / "out", refine=3)
+    with pytest.raises(OptionError, match="unknown refine_parts 'codes'; use one of start, scales, norms"):
+        made(tiny_model, tmp_path / "out", text, refine_parts=("codes",))
+
+
+def test_every_step_takes_trained_sequences_only(tiny_model: Path, text: Path) -> None:
+    options, source = QuantizeOptions(refine=40, calibrate=str(text), seed=3), open_source(str(tiny_model))
+    ids = module.sequences(source, make_plan(source, options), options)
+    order = module._order(len(ids), options)
+    assert len(order) >= 80
+    assert min(order) == 4
+    assert set(order) == set(range(4, len(ids)))
