@@ -126,7 +126,7 @@ def run(given: argparse.Namespace, work: Work) -> int:
         if given.mode != "smoke":
             public.measure(work.cells, given.shared / "adapters", ways(given.mode))
         measure(work, planned, given.mode, time.monotonic() + 3600 * given.hours)
-    judged = [s for s in planned if s.start == "frozen" and s.task not in ENCODER_TASKS]
+    judged = [s for s in planned if s.start == "frozen" and s.base in bases and s.task not in ENCODER_TASKS]
     frame = summary(work.cells, [s for s in judged if s.rank == RANK or given.mode == "smoke"])
     result: dict[str, Any] = {
         **frame,
