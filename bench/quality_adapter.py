@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
 import harness  # noqa: E402
+from adapter_grid import public  # noqa: E402
 from adapter_grid.decoder import Decoder  # noqa: E402
 from adapter_grid.encoder import Encoder  # noqa: E402
 from adapter_grid.plan import (  # noqa: E402
@@ -40,7 +41,6 @@ from adapter_grid.plan import (  # noqa: E402
     steps,
     ways,
 )
-from adapter_grid.public import public  # noqa: E402
 from adapter_grid.summary import starts, summary  # noqa: E402
 from adapter_grid.tasks import SPLITS  # noqa: E402
 from adapter_grid.work import Family, Work  # noqa: E402
@@ -120,11 +120,13 @@ def toy_rank(mode: str) -> int:
 def run(given: argparse.Namespace, work: Work) -> int:
     bases = tuple(text.split("=", 1)[0] for text in given.bases.split(","))
     planned = settings(given.mode, bases)
-    if given.minilm is None:
+    if given.minilm is None and not given.report:
         planned = [setting for setting in planned if setting.task not in ENCODER_TASKS]
     if not given.report:
+        if given.mode != "smoke":
+            public.measure(work.cells, given.shared / "adapters", ways(given.mode))
         measure(work, planned, given.mode, time.monotonic() + 3600 * given.hours)
-    judged = [s for s in planned if s.start == "frozen" and s.task not in ENCODER_TASKS]
+    judged = [s for s in planned if s.start == "frozen" and s.base in bases and s.task not in ENCODER_TASKS]
     frame = summary(work.cells, [s for s in judged if s.rank == RANK or given.mode == "smoke"])
     result: dict[str, Any] = {
         **frame,
@@ -135,7 +137,7 @@ def run(given: argparse.Namespace, work: Work) -> int:
             for rank in sorted({s.rank for s in judged} - {RANK})
         },
         "starts": starts(work.cells, compared(planned)),
-        "public": published(given, work),
+        "public": public.public(work.cells),
         "splits": {task: SPLITS[task] for task in dict.fromkeys(s.task for s in planned)},
         "verified": verify(work, planned, given) if given.verify else None,
     }
@@ -190,13 +192,6 @@ def control(work: Work, setting: Setting, mode: str) -> None:
     if cell is not None and 0 < cell.get("error", 0) < 1:
         settings = {"method": "shrink", "quality": cell["error"]}
         say(setting, work.packed(setting, Way("shrink", f"as far off as {size}", settings)))
-
-
-def published(given: argparse.Namespace, work: Work) -> dict[str, Any]:
-    folder = None if given.shared is None else given.shared / "adapters"
-    if given.mode == "smoke" or given.report or folder is None or not folder.is_dir():
-        return {}
-    return public(work.cells, folder, ways(given.mode))
 
 
 def verify(work: Work, planned: Sequence[Setting], given: argparse.Namespace) -> dict[str, Any]:

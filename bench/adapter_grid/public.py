@@ -14,27 +14,42 @@ from bitloft.compress import compress
 from bitloft.errors import OptionError
 
 
-def public(cells: harness.Cells, folder: Path, ways: Iterable[Way]) -> dict[str, dict[str, Any]]:
-    """By adapter: the ratio of errors at LoRAQuant's bits, and true bits and error of every way that needs no base."""
+def measure(cells: harness.Cells, folder: Path, ways: Iterable[Way]) -> None:
+    """Every way that needs no base, for every adapter below ``folder``, and ours at the bits that LoRAQuant took."""
     chosen = [way for way in ways if not way.moments]
-    found = {}
     for source in sorted(file.parent for file in folder.glob(f"*/{WEIGHTS_FILE}")):
-        rows = [_cell(cells, source, way) for way in chosen]
-        theirs = next(row for way, row in zip(chosen, rows, strict=True) if way.method == THEIRS)
-        same = _cell(cells, source, Way(PLAIN, SAME, {"bits": round(theirs["true_bits"], 4)}))
-        found[source.name] = {
-            "error_vs_loraquant_same_bits": round(same["error"] / theirs["error"], 4),
+        for way in chosen:
+            cell = _cell(cells, source, way)
+            if way.method == THEIRS:
+                _cell(cells, source, Way(PLAIN, SAME, {"bits": round(cell["true_bits"], 4)}))
+
+
+def public(cells: harness.Cells) -> dict[str, dict[str, Any]]:
+    """By adapter: the ratio of errors at LoRAQuant's bits, and true bits and error of every way that has a cell."""
+    rows: dict[str, dict[tuple[str, object], dict[str, Any]]] = {}
+    for cell in cells:
+        if "public" in cell["key"] and "error" in cell:
+            method = cell["key"]["method"], cell["key"]["asked"]
+            rows.setdefault(cell["key"]["public"], {})[method] = cell
+    return {
+        name: {
+            "error_vs_loraquant_same_bits": _ratio(found.get((PLAIN, SAME)), found.get((THEIRS, ""))),
             "methods": [
-                {k: row[k] for k in ("method", "asked", "true_bits", "error")} for row in rows if "error" in row
+                {"method": method, "asked": asked, "true_bits": round(cell["true_bits"], 4), "error": cell["error"]}
+                for (method, asked), cell in found.items()
             ],
         }
-    return found
+        for name, found in rows.items()
+    }
+
+
+def _ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> float | None:
+    return None if ours is None or theirs is None else round(ours["error"] / theirs["error"], 4)
 
 
 def _cell(cells: harness.Cells, source: Path, way: Way) -> dict[str, Any]:
     key = {"public": source.name, "method": way.method, "asked": way.asked, "judged": False}
-    cell = cells.get(key, lambda: _measured(source, way) | {"settings": way.settings, "commit": harness.commit()})
-    return {**cell, **cell["key"]}
+    return cells.get(key, lambda: _measured(source, way) | {"settings": way.settings, "commit": harness.commit()})
 
 
 def _measured(source: Path, way: Way) -> dict[str, Any]:

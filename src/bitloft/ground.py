@@ -39,9 +39,9 @@ from bitloft.tasks.rows import read_rows
 
 KEY = "adapter"
 MEASURED = 64  # sequences of a text on which a mismatch is measured
-# Peak learning rate of the latents, in units of a format's levels (their spread is about 1), and how much faster scales
-# move, which are factors exp(t). Measured: docs/decisions.md.
-RATE, SCALES = 0.01, 1.0
+# Peak learning rate of the latents, in units of a format's levels (their spread is about 1), and its share for scales,
+# which are factors exp(t). Measured: docs/decisions.md.
+RATE, SCALES = 0.05, 0.2
 
 
 class Ground:

@@ -99,8 +99,8 @@ def rebase(
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
     record, factors = base_record(to), read_factors(adapter)
     notes = _require_same_model(factors, record)
-    rows, tokenizer = read_rows(data), load_tokenizer(to)
-    examples, counts = encode_rows(rows, tokenizer, options.length)
+    tokenizer = load_tokenizer(to)
+    examples, counts = encode_rows(read_rows(data), tokenizer, options.length)
     learned, judged = hold_out(examples)
     model = load(to).requires_grad_(False)
     check_length(options.length, model.config)
@@ -114,9 +114,7 @@ def rebase(
     else:
         notes.append(f"{options.steps} steps did not lower the held-out loss; the adapter was written as it was.")
     with writing(out, overwrite=overwrite) as directory:
-        made = {"base": record.fingerprint, "source": record.source, "start": "frozen"}
-        config = {"task_type": factors.config.get("task_type")}
-        rank = write_lora(directory, pairs, base_name=str(to), config=config, record=made)
+        rank = _write(directory, pairs, factors, record)
         report = RebaseReport(
             out=str(out),
             adapter=str(adapter),
@@ -138,6 +136,13 @@ def rebase(
         )
         write_json(directory / REPORT, report.to_dict())
     return report
+
+
+def _write(directory: Path, pairs: dict[str, Pair], old: Factors, record: BaseRecord) -> int:
+    """The adapter as a PEFT directory that names the new base; returns its rank."""
+    made = {"base": record.fingerprint, "source": record.source, "start": "frozen"}
+    config = {"task_type": old.config.get("task_type")}
+    return write_lora(directory, pairs, base_name=str(record.directory), config=config, record=made)
 
 
 class _Lesson:
