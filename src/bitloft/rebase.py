@@ -91,21 +91,20 @@ def rebase(
 
     ``trained_on`` is the base that it was trained on: packed, a 16-bit model, or a bitsandbytes or GPTQ folder; it then
     teaches, and both models are in memory. Without it the text itself is learned. Settings are the fields of
-    RebaseOptions. Raises AdapterError for an adapter of this base or of another model, CheckpointError where ``out``
-    exists or a model cannot be read, DataError for bad rows or too few, BitloftError where the loss is not finite.
+    RebaseOptions. Raises AdapterError for an adapter of this base or another model, CheckpointError where ``out`` is
+    there or a model cannot be read, DataError for bad rows or too few, BitloftError where the loss is not finite.
     """
     began, options, out = time.perf_counter(), options or RebaseOptions(**settings), Path(out)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
     record, factors = base_record(to), read_factors(adapter)
     notes = _require_same_model(factors, record)
-    tokenizer = load_tokenizer(to)
-    examples, counts = encode_rows(read_rows(data), tokenizer, options.length)
+    examples, counts = encode_rows(read_rows(data), load_tokenizer(to), options.length)
     learned, judged = hold_out(examples)
     model = load(to).requires_grad_(False)
     check_length(options.length, model.config)
     teacher = None if trained_on is None else _teacher(trained_on, factors, record, model.config)
-    lesson = _Lesson(model, factors, options, teacher, Collator.for_tokenizer(tokenizer))
+    lesson = _Lesson(model, factors, options, teacher, Collator.for_tokenizer(load_tokenizer(to)))
     before, pairs = lesson.judge(lesson.losses, judged), lesson.pairs()
     lesson.learn(learned, progress)
     after = lesson.judge(lesson.losses, judged)
