@@ -5,7 +5,7 @@ RUN := .venv/bin/python -m
 # One thread: results that do not depend on the machine, and small tensors do not gain from a second.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 
-.PHONY: setup demo test test-long check format bench-smoke docs clean
+.PHONY: setup demo test test-long check format sanitize bench-smoke docs clean
 
 setup:
 	@$(PYTHON) scripts/setup.py
@@ -28,6 +28,16 @@ check: setup
 format: setup
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
+
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on each instruction set that this machine has.
+sanitize:
+	@cmake -S . -B build/sanitize -DBITLOFT_SANITIZE=ON > /dev/null
+	@cmake --build build/sanitize
+	@for isa in portable avx2 avx512; do \
+	  if BITLOFT_ISA=$$isa build/sanitize/fuzz_matrix 0 > /dev/null; then \
+	    BITLOFT_ISA=$$isa build/sanitize/native_tests && BITLOFT_ISA=$$isa build/sanitize/fuzz_matrix || exit 1; \
+	  else echo "sanitize: no $$isa here"; fi; \
+	done
 
 bench-smoke: setup
 	@$(RUN) scripts.bench_smoke

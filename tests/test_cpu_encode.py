@@ -1,5 +1,6 @@
 """The native encoder gives the definition's bytes: every family, odd sizes, every instruction set, any thread count."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_what_the_library_refuses() -> None:
     assert "no rule 9 for scales" in refused(9)
     assert "255 values for 4 x 64" in refused(3, values=255)
     assert "rule 0 for scales, of which 1 are stored" in refused(0)
-    assert "one range for a tensor" in refused(5, given=(cpu_encode.c_float * 2)(1.0, 0.0))
+    assert "one range for a tensor" in refused(5, given=(ctypes.c_float * 2)(1.0, 0.0))
     matrix.codes_bytes = 63
     assert "63 bytes of codes" in refused(3)
 

@@ -1,4 +1,4 @@
-"""Scale searches against grids: the alternation comes within a few percent of the best scale there is."""
+"""Scale searches against grids: what is kept comes within a few percent of the best scale there is."""
 
 import pytest
 import torch

@@ -47,6 +47,11 @@ class PackedTensor:
     levels: Int16[Tensor, " levels"] | None = None
     scale_low: Int16[Tensor, " blocks"] | None = None
     scale_step: Int16[Tensor, " blocks"] | None = None
+    arranged: bool = False  # codes in the order of ``cpu_linear.arrange``: for products only, never stored
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles are made of the fields, not of what kernels keep beside them."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored parts by name, in file order."""

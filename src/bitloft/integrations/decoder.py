@@ -20,6 +20,7 @@ from bitloft.errors import KernelError
 from bitloft.kernels import cpu
 from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment
 from bitloft.kernels.cpu_linear import multiplies
+from bitloft.modules.arrangement import arrange
 from bitloft.modules.linear import QuantLinear
 from bitloft.modules.multi import AdapterBank
 
@@ -104,6 +105,8 @@ def _slots(tokens: int) -> int:
 class Decoder:
     """``model`` as rows of tokens in, logits out. It describes the model as it is now: make another after a change.
 
+    Brings the model's codes into the order that the kernels read fastest (``modules.arrangement``).
+
     Raises KernelError where ``reason`` has one.
     """
 
@@ -111,6 +114,7 @@ class Decoder:
         why = reason(model)
         if why is not None:
             raise KernelError(f"the native decoder cannot take this model: {why}.")
+        arrange(model)
         self.model: Any = model
         self.bank = bank or AdapterBank(model)
         self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
@@ -203,4 +207,4 @@ def _layer(name: str, layer: Any) -> NativeLayer:
 def _projection(name: str, linear: QuantLinear) -> Projection:
     start = linear.packed_start() if linear.start_enabled else None
     bias = None if linear.bias is None else linear.bias.data
-    return Projection(name, linear.packed_weight(), bias, start, linear.scaling)
+    return Projection(name, linear.operand(), bias, start, linear.scaling)

@@ -115,7 +115,8 @@ def matrix(packed: PackedTensor) -> Matrix:
             raise KernelError(f"part {name!r} of a {fmt} tensor of shape {packed.shape} is not contiguous; copy it.")
     return Matrix(
         rows=packed.codes.shape[0], columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
-        groups=fmt.groups(columns), bits=fmt.bits, flags=_flags(fmt), **_addresses(parts),
+        groups=fmt.groups(columns), bits=fmt.bits,
+        flags=_flags(fmt) | ARRANGED * packed.arranged, **_addresses(parts),
         levels=None if fmt.family == "half" else _levels(fmt),
     )  # fmt: skip
 

@@ -1,12 +1,13 @@
 """``packed_linear`` by the native library (``native/linear.cpp``), and the order of codes that it reads fastest.
 
 A product with one row of input takes a tenth of a millisecond, so what surrounds it is kept small: a packed tensor is
-described once (``described``) and a call fills two structs. Levels of 1 to 4 bits in groups that fill whole 32-bit words
-are multiplied from their codes; other formats are decoded first (``ops.packed_linear``).
+described once (``described``) and a call fills two structs. Codes of 1 to 4 bits in groups that fill whole 32-bit words
+are multiplied as they are; other formats are decoded first (``ops.packed_linear``).
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_void_p, pointer
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -19,7 +20,6 @@ from bitloft.kernels import cpu
 from bitloft.packed import PackedTensor
 
 INVARIANT = 1  # BL_INVARIANT
-BLOCK = 64  # rows that are interleaved
 
 
 class _Input(ctypes.Structure):
@@ -74,12 +74,25 @@ def takes(x: Tensor, packed: PackedTensor) -> bool:
     )
 
 
-def described(packed: PackedTensor, *, arranged: bool = False) -> cpu.Matrix:
+def at_once(x: Tensor, fmt: str, shape: list[int]) -> bool:
+    """``takes`` for the operator, which has the parts in a list and a call that is to cost microseconds."""
+    return (
+        x.dtype in cpu.DTYPES
+        and x.device.type == "cpu"
+        and multiplies(_parse(fmt))
+        and x.shape[-1] == shape[1]
+        and cpu.library() is not None
+    )
+
+
+_parse = cache(Format.parse)
+
+
+def described(packed: PackedTensor) -> cpu.Matrix:
     """``packed`` as the native side sees it, kept with it: its tensors are not replaced, only their contents may."""
     kept: cpu.Matrix | None = packed.__dict__.get("_native")
     if kept is None:
         kept = cpu.matrix(packed)
-        kept.flags |= cpu.ARRANGED * arranged
         object.__setattr__(packed, "_native", kept)
     return kept
 
@@ -92,14 +105,17 @@ def packed_linear(
     addend: Float[Tensor, "*batch rows"] | None = None,
     invariant: bool = False,
 ) -> Float[Tensor, "*batch rows"]:
-    """x W^T + bias + addend in the dtype of ``x``; ``bias`` and ``addend`` are float32, contiguous, added before
-    rounding. ``invariant``: a row's result does not depend on how many there are."""
+    """x W^T + bias + addend in the dtype of ``x``, for a weight that was ``described``.
+
+    ``bias`` and ``addend`` are float32 and contiguous, and added before the sum is rounded. ``invariant``: what a row gets
+    does not depend on how many there are.
+    """
     x = x if x.is_contiguous() else x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.rows)
     columns, dtype = weight.columns, cpu.DTYPES[x.dtype]
     rows = x.numel() // columns if columns else out.numel() // max(weight.rows, 1)
     product = _Product(
-        ctypes.pointer(weight),
+        pointer(weight),
         None if bias is None else bias.data_ptr(),
         None if addend is None else addend.data_ptr(),
         out.data_ptr(),
@@ -111,16 +127,40 @@ def packed_linear(
     return out
 
 
-def arrange(packed: PackedTensor, *, back: bool = False) -> None:
-    """Bring the codes of ``packed`` (and plain scales) into the order that the kernels read fastest, or back, in place.
+def arrange(packed: PackedTensor) -> PackedTensor:
+    """Bring the codes of ``packed`` (and plain scales) into the order that the kernels read fastest, in place.
 
-    Rows beyond the last whole 64 keep their order. The caller remembers which order it is: nothing in ``packed`` says so.
+    Same size; rows beyond the last whole 64 keep their order. Returns what products take from now on: the stored order
+    is gone until ``restore``. Raises KernelError for a format or width that has no other order.
     """
-    fmt = packed.format
-    matrix = cpu.matrix(packed)
-    matrix.flags |= cpu.ARRANGED * back
-    plain = fmt.groups(packed.shape[-1]) > 0 and not fmt.dq and fmt.group != TENSOR
-    call = _library().bl_arrange
+    _reorder(packed, back=False)
+    return replace(packed, arranged=True)
+
+
+def restore(packed: PackedTensor) -> PackedTensor:
+    """Bring the stored order back, in place."""
+    _reorder(packed, back=True)
+    return replace(packed, arranged=False)
+
+
+def canonical(packed: PackedTensor) -> PackedTensor:
+    """``packed`` in the stored order: itself, or a copy of what is arranged."""
+    if not packed.arranged:
+        return packed
+    return restore(replace(packed, codes=packed.codes.clone(), scales=packed.scales.clone()))
+
+
+def _reorder(packed: PackedTensor, *, back: bool) -> None:
+    if packed.arranged is not back:
+        raise KernelError(
+            f"a {packed.format} tensor of shape {packed.shape} {'is not arranged' if back else 'is arranged already'}."
+        )
+    if not can_arrange(packed.format, packed.shape[-1]):
+        raise KernelError(
+            f"a {packed.format} tensor of shape {packed.shape} has no other order; its rows do not fill whole words."
+        )
+    fmt, call = packed.format, _library().bl_arrange
     call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_void_p, c_int, c_int)
-    scales = packed.scales.data_ptr() if plain else None
-    cpu.done(call(byref(matrix), packed.codes.data_ptr(), scales, back, cpu.threads()))
+    scaled = fmt.groups(packed.shape[-1]) > 0 and not fmt.dq and fmt.group != TENSOR
+    scales = packed.scales.data_ptr() if scaled else None
+    cpu.done(call(byref(cpu.matrix(packed)), packed.codes.data_ptr(), scales, back, cpu.threads()))

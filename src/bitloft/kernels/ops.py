@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format
-from bitloft.kernels import cpu_dequantize, cpu_encode, plain
+from bitloft.kernels import cpu_dequantize, cpu_encode, cpu_linear, plain
 from bitloft.kernels.cpu import explain
-from bitloft.kernels.plain import decode_columns, packed_linear, packed_linear_grad_input
+from bitloft.kernels.plain import decode_columns
 from bitloft.packed import PackedTensor
 
 __all__ = [
@@ -67,3 +67,49 @@ def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, *, out: Tensor | 
     if cpu_dequantize.takes_residual(x, packed, out):
         return cpu_dequantize.residual(x, packed, out)
     return plain.residual(x, packed, out)
+
+
+def packed_linear(
+    x: Float[Tensor, "*batch columns"],
+    weight: PackedTensor,
+    *,
+    bias: Float[Tensor, " rows"] | None = None,
+    addend: Float[Tensor, "*batch rows"] | None = None,
+    invariant: bool = False,
+) -> Float[Tensor, "*batch rows"]:
+    """y = x @ decode(weight).T + bias + addend, in the dtype of ``x``; see ``plain.packed_linear``.
+
+    ``bias`` and ``addend`` (float32) are added before the sum is rounded. ``invariant`` makes what a row gets independent
+    of how many there are. Raises KernelError on a wrong width, and for ``invariant`` where no native kernel multiplies.
+    """
+    if cpu_linear.takes(x, weight):
+        bias, addend = (t if t is None else t.float().contiguous() for t in (bias, addend))
+        return cpu_linear.packed_linear(x, cpu_linear.described(weight), bias=bias, addend=addend, invariant=invariant)
+    if invariant:
+        raise KernelError(
+            f"no native kernel multiplies {weight.format} weights with {x.dtype} on {x.device.type} here, and the plain "
+            "definition is not batch invariant; leave batch_invariant out or choose a format of 1 to 4 bits."
+        )
+    y = plain.packed_linear(x, cpu_linear.canonical(weight))
+    for added in (bias, addend):
+        y = y if added is None else (y + added.float()).to(y.dtype)
+    return y
+
+
+def packed_linear_grad_input(
+    grad: Float[Tensor, "*batch rows"], weight: PackedTensor
+) -> Float[Tensor, "*batch columns"]:
+    """dx = grad @ decode(weight), in the dtype of ``grad``: all that backward needs, the weight being frozen.
+
+    Native code decodes; the product is torch's, whose matrix multiplication is as good as ours for many rows.
+    """
+    weight = cpu_linear.canonical(weight)
+    if not cpu_dequantize.takes(weight, grad.dtype):
+        return plain.packed_linear_grad_input(grad, weight)
+    plain.check_matrix(grad, weight, axis=0)
+    out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
+    step = max(plain.TILE // max(weight.shape[1], 1), 1)
+    for start in range(0, weight.shape[0], step):
+        rows = torch.arange(start, min(start + step, weight.shape[0]))
+        out += grad[..., rows[0] : rows[-1] + 1] @ cpu_dequantize.decode_rows(weight, rows, grad.dtype)
+    return out

@@ -2,7 +2,6 @@
 
 ``ops`` is what everybody calls; it hands over to native code where there is some.
 
-
 ``encode``         x -> PackedTensor (groups along the last axis)
 ``decode``         PackedTensor -> values
 ``decode_rows``    the same, for some rows of a matrix; ``decode_columns`` for some columns
@@ -167,7 +166,7 @@ def tiles(packed: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Flo
 
 def packed_linear(x: Float[Tensor, "*batch columns"], weight: PackedTensor) -> Float[Tensor, "*batch rows"]:
     """y = x @ decode(weight).T, in the dtype of ``x``; weight [rows, columns]. Raises KernelError on a wrong width."""
-    _check_matrix(x, weight, axis=1)
+    check_matrix(x, weight, axis=1)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for rows, tile in tiles(weight, x.dtype):
         out[..., rows] = x @ tile.T
@@ -178,14 +177,14 @@ def packed_linear_grad_input(
     grad: Float[Tensor, "*batch rows"], weight: PackedTensor
 ) -> Float[Tensor, "*batch columns"]:
     """dx = grad @ decode(weight), in the dtype of ``grad``: all that backward needs, the weight being frozen."""
-    _check_matrix(grad, weight, axis=0)
+    check_matrix(grad, weight, axis=0)
     out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     for rows, tile in tiles(weight, grad.dtype):
         out += grad[..., rows] @ tile
     return out
 
 
-def _check_matrix(x: Tensor, weight: PackedTensor, axis: int) -> None:
+def check_matrix(x: Tensor, weight: PackedTensor, axis: int) -> None:
     if len(weight.shape) != 2:
         raise KernelError(f"packed_linear takes a matrix; the weight has shape {weight.shape}.")
     if x.shape[-1] != weight.shape[axis]:

@@ -176,7 +176,8 @@ def _two_level_scale(x: Tensor, mask: Tensor | None, levels: tuple[float, ...]) 
     denominator = a * a * (count - k) + b * b * k
     gain = (numerator.square() * (1 / denominator)).masked_fill(k > count, 0)
     best = gain.argmax(1, keepdim=True)
-    return numerator.gather(1, best) / denominator.expand_as(gain).gather(1, best)
+    scales: Tensor = numerator.gather(1, best) / denominator.expand_as(gain).gather(1, best)
+    return scales
 
 
 def _searched_scale(x: Tensor, mask: Tensor | None, levels: tuple[float, ...]) -> Float[Tensor, "groups 1"]:
@@ -213,7 +214,7 @@ def _count(x: Tensor, mask: Tensor | None) -> Float[Tensor, "#groups 1"]:
 def _sum(x: Float[Tensor, "groups size"]) -> Float[Tensor, "groups 1"]:
     """Sums in the one order that every implementation keeps: value j to running sum j % 8, then halves added."""
     pieces = x.view(x.shape[0], -1, LANES).unbind(1)
-    sums = torch.zeros_like(pieces[0])
+    sums: Tensor = torch.zeros_like(pieces[0])
     for piece in pieces:
         sums += piece
     while sums.shape[1] > 1:

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitloft.formats import Format
+from bitloft.kernels.lora import Start
 from bitloft.kernels.ops import decode, decode_columns, decode_rows
-from bitloft.modules.linear import packed_product
+from bitloft.kernels.product import packed_product
 from bitloft.modules.parts import Device, Held, load_tensors, solution_tensors
 from bitloft.packed import PackedTensor
 from bitloft.rules import StoredModule
@@ -127,10 +128,12 @@ class QuantEmbedding(Table):
             found = found + self.scaling * (decode_columns(start[1], flat, dtype).T @ decode(start[0], dtype))
         return found.view(*ids.shape, self.embedding_dim)
 
-    def product(self, x: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        """x @ table^T: what a tied output head computes."""
+    def product(self, x: Float[Tensor, "*batch columns"], bias: Tensor | None) -> Float[Tensor, "*batch rows"]:
+        """x @ table^T + bias: what a tied output head computes."""
         start = self.packed_start() if self.start_enabled else None
-        return packed_product(x, self.packed_weight(), start, self.scaling)
+        return packed_product(
+            x, self.packed_weight(), None if start is None else Start(*start, self.scaling), bias=bias
+        )
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch columns"]:
         return self.scaled(self.rows(input, self.like.dtype))
@@ -176,8 +179,7 @@ class TiedHead(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        y = self.table[0].product(input)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.table[0].product(input, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied, format={self.table[0].format}"

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bitloft.modules.linear import packed_product
+from bitloft.kernels.lora import Start
+from bitloft.kernels.product import packed_product
 from bitloft.modules.parts import Held
 from bitloft.rules import StoredModule
 
@@ -119,7 +120,8 @@ class QuantExperts(nn.Module):
     def _project(self, name: str, expert: int, x: Float[Tensor, "some columns"]) -> Float[Tensor, "some rows"]:
         if name in self.parts:
             part = self.parts[name]
-            y = packed_product(x, part.weight(self, expert), part.start(self, expert), part.scaling)
+            start = part.start(self, expert)
+            y = packed_product(x, part.weight(self, expert), None if start is None else Start(*start, part.scaling))
         else:
             y = nn.functional.linear(x, matrices(self, self.get_parameter(name))[expert])
         for delta in self.deltas.get(name, ()):

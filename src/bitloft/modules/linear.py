@@ -8,7 +8,6 @@ buffers because ``.half()`` or ``.to(bfloat16)`` casts every float buffer.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 
 from bitloft.formats import Format
 from bitloft.kernels import ops
+from bitloft.kernels.lora import Start
+from bitloft.kernels.product import packed_product
+from bitloft.modules.arrangement import Arrangement
 from bitloft.modules.parts import allocate, held, load_tensors, solution_tensors
 from bitloft.packed import PackedTensor
 from bitloft.solvers.base import Solution
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(Arrangement, nn.Linear):
     """A linear layer whose weight [out_features, in_features] is stored in ``format``.
 
     ``rank`` 0 means no start. Computes in the dtype of its input (under autocast, in autocast's dtype); only the input
@@ -45,6 +47,8 @@ class QuantLinear(nn.Linear):
         self.format, self.rank, self.scaling = format, rank, scaling
         self.start_format = start_format if rank else None
         self.start_enabled = True
+        self.batch_invariant = False  # one kernel and one order of sums at any number of rows
+        self._kept_start: tuple[Tensor | None, Tensor | None, Start] | None = None
         # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for nothing
         self.deltas: Callable[[Tensor], Tensor | None] | None = None
         allocate(self, "weight", (out_features, in_features), format, device, parameter=True)
@@ -52,10 +56,6 @@ class QuantLinear(nn.Linear):
             allocate(self, "a0", (rank, in_features), self.start_format, device)
             allocate(self, "b0", (rank, out_features), self.start_format, device)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    def packed_weight(self) -> PackedTensor:
-        """The weight [out, in] as stored; shares memory with the module."""
-        return held(self, "weight", (self.out_features, self.in_features), self.format)
 
     def packed_start(self) -> tuple[PackedTensor, PackedTensor] | None:
         """A0 [rank, in] and B0^T [rank, out] as stored, or None without a start."""
@@ -84,14 +84,25 @@ class QuantLinear(nn.Linear):
         return weight
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
-        y = packed_product(
+        return packed_product(
             input,
-            self.packed_weight(),
-            self.packed_start() if self.start_enabled else None,
-            self.scaling,
-            None if self.deltas is None else self.deltas(input),
+            self._held() if torch.compiler.is_compiling() else self.operand(),
+            self._start() if self.start_enabled else None,
+            bias=self.bias,
+            addend=None if self.deltas is None else self.deltas(input),
+            invariant=self.batch_invariant,
         )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _start(self) -> Start | None:
+        """The start for products, the same object while no tensor is replaced."""
+        if self.start_format is None:
+            return None
+        a, bt = self._buffers["a0"], self._buffers["b0"]
+        kept = self._kept_start
+        if kept is None or kept[0] is not a or kept[1] is not bt or torch.compiler.is_compiling():
+            kept = a, bt, Start(*(self.packed_start() or ()), self.scaling)  # type: ignore[call-arg]
+            self._kept_start = kept
+        return kept[2]
 
     def extra_repr(self) -> str:
         start = f", start=rank {self.rank} in {self.start_format}" if self.start_format else ""
@@ -102,7 +113,8 @@ class QuantLinear(nn.Linear):
         return solution_tensors(solution, "weight", "a0", "b0")
 
     def load_solution(self, solution: Solution) -> None:
-        """Take over a solver's result."""
+        """Take over a solver's result, in the stored order."""
+        self.arranged = None
         load_tensors(self, self.tensors_of(solution))
 
 
@@ -113,42 +125,6 @@ class QuantConv1D(QuantLinear):
     linear, and kernels, banks and PEFT see nothing new (``fan_in_fan_out`` is about a dense weight's orientation;
     adapters have the same shapes either way). The class only remembers what to turn back into.
     """
-
-
-def packed_product(
-    x: Float[Tensor, "*batch columns"],
-    weight: PackedTensor,
-    start: tuple[PackedTensor, PackedTensor] | None,
-    scaling: float,
-    addend: Float[Tensor, "*batch rows"] | None = None,
-) -> Float[Tensor, "*batch rows"]:
-    """x W^T + scaling * (x A0^T) B0^T + addend in the dtype of ``x`` (under autocast, in autocast's).
-
-    ``start`` is A0, B0^T; ``addend`` is float32 and added before the sum is rounded.
-    """
-    x = _autocast(x)
-    y: Tensor = _PackedLinear.apply(x, weight)  # type: ignore[no-untyped-call]
-    if start is not None:
-        y = y + scaling * ((x @ ops.decode(start[0], x.dtype).T) @ ops.decode(start[1], x.dtype))
-    return y if addend is None else (y + addend).to(y.dtype)
-
-
-class _PackedLinear(torch.autograd.Function):
-    """The packed product with the only gradient that a frozen weight needs: that of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedTensor) -> Tensor:
-        ctx.weight = weight
-        return ops.packed_linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return ops.packed_linear_grad_input(grads[0], ctx.weight), None
-
-
-def _autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitloft.formats import UNIT
 from bitloft.kernels.encoding import unpack_zeros
-from bitloft.kernels.ops import levels_of
+from bitloft.kernels.plain import levels_of
 from bitloft.packed import PackedTensor, scales_of, unpack_halves
 
 

@@ -230,8 +230,11 @@ struct Sixteen {
 inline Lanes look_up(const Sixteen& table, const Whole& index) { return each([&](int i) { return table.v[index.v[i] & 15]; }); }
 
 inline void load_across(const float* const* rows, float* to) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) to[16 * j + i] = rows[i][j];
+  for (int i = 0; i < 16; ++i) {
+    float row[16];
+    std::memcpy(row, static_cast<const void*>(rows[i]), sizeof row);  // codes that are read as words lie at any byte
+    for (int j = 0; j < 16; ++j) to[16 * j + i] = row[j];
+  }
 }
 
 #endif

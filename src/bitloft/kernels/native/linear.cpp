@@ -270,6 +270,8 @@ int bl_arrange(bl_matrix* matrix, uint8_t* codes, void* scales, int back, int th
   if (table == nullptr || bl::check(matrix)) return -1;
   const bl_matrix& m = *matrix;
   if (!bl::can_arrange(m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
+  if (scales != nullptr && m.scales_bytes != m.rows * m.groups * 2)
+    return bl::fail("scales that are no fp16 number per group have no other order.");
   bl::Stage stage;
   bl::run(threads, [&] {
     stage.share(m.rows / bl::BLOCK, [&](int64_t block) { table->arrange({&m, block * bl::BLOCK, bl::BLOCK}, codes, static_cast<uint16_t*>(scales), back != 0); });

@@ -1,0 +1,177 @@
+"""The native product against the definition: all formats, odd sizes, both orders of codes, any number of rows."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitloft.errors import KernelError
+from bitloft.formats import Format
+from bitloft.kernels import cpu, cpu_linear, ops, plain
+from tests.test_formats import FORMATS
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
+
+TAKEN = [f for f in FORMATS if cpu_linear.multiplies(Format.parse(f))]
+# of the largest output: float32 is summed in float32; bfloat16 rounds levels and result, float16 the result
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+
+
+def check(x: torch.Tensor, y: torch.Tensor, dense: torch.Tensor) -> None:
+    expected = x.double() @ dense.double().T
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
+    if expected.numel():
+        assert float((y.double() - expected).abs().max()) <= BOUNDS[x.dtype] * max(float(expected.abs().max()), 1e-3)
+
+
+def test_what_is_taken() -> None:
+    assert {f for f in FORMATS if f not in TAKEN} == {"int8:64", "int8:row", "half:row", "half:unit"}
+    assert not cpu_linear.multiplies(Format.parse("lm2:8"))  # a group of half a word
+    assert cpu_linear.multiplies(Format.parse("lm4:8"))
+
+
+@pytest.mark.parametrize("spelling", TAKEN)
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("shape", [(1, 1), (127, 576), (65, 130), (192, 128), (0, 64)])
+def test_products_are_those_of_the_decoded_matrix(spelling: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight = plain.encode(torch.randn(shape), spelling)
+    dense = plain.decode(weight)
+    for batch in [(), (0,), (1,), (2,), (3, 2), (7,), (33,)]:
+        x = torch.randn(*batch, shape[1]).to(dtype)
+        check(x, ops.packed_linear(x, weight), dense)
+
+
+@pytest.mark.parametrize("spelling", TAKEN)
+@pytest.mark.parametrize("shape", [(127, 576), (64, 128), (200, 256)])
+def test_arranged_codes_give_the_same_bits(spelling: str, shape: tuple[int, int]) -> None:
+    weight = plain.encode(torch.randn(shape), spelling)
+    stored = replace(weight, codes=weight.codes.clone(), scales=weight.scales.clone())
+    arranged = cpu_linear.arrange(weight)
+    assert not torch.equal(arranged.codes, stored.codes)
+    for dtype in BOUNDS:
+        for rows in (1, 4, 9):
+            x = torch.randn(rows, shape[1]).to(dtype)
+            assert torch.equal(ops.packed_linear(x, arranged), ops.packed_linear(x, stored))
+    grad = torch.randn(3, shape[0])
+    assert torch.equal(ops.packed_linear_grad_input(grad, arranged), ops.packed_linear_grad_input(grad, stored))
+    back = cpu_linear.canonical(arranged)
+    assert torch.equal(back.codes, stored.codes)
+    assert torch.equal(back.scales, stored.scales)
+    assert arranged.codes.data_ptr() == weight.codes.data_ptr()  # in place, same size
+    with pytest.raises(KernelError, match="is arranged already"):
+        cpu_linear.arrange(arranged)
+    cpu_linear.restore(arranged)
+    assert torch.equal(weight.codes, stored.codes)
+    with pytest.raises(KernelError, match="is not arranged"):
+        cpu_linear.restore(weight)
+
+
+def test_tail_rows_keep_their_order() -> None:
+    weight = plain.encode(torch.randn(70, 64), "lm3:64")
+    tail = weight.codes[64:].clone()
+    assert torch.equal(cpu_linear.arrange(weight).codes[64:], tail)
+
+
+def test_a_row_that_fills_no_words_has_no_other_order() -> None:
+    weight = plain.encode(torch.randn(64, 24), "lm2:row")
+    assert not cpu_linear.can_arrange(weight.format, 24)
+    with pytest.raises(KernelError, match=r"lm2:row tensor of shape \(64, 24\) has no other order"):
+        cpu_linear.arrange(weight)
+
+
+@pytest.mark.parametrize("spelling", TAKEN)
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_invariant_rows_do_not_see_each_other(spelling: str, dtype: torch.dtype) -> None:
+    weight = plain.encode(torch.randn(100, 192), spelling)
+    x = torch.randn(33, 192).to(dtype)
+    whole = ops.packed_linear(x, weight, invariant=True)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 32):
+        assert torch.equal(ops.packed_linear(x[:rows], weight, invariant=True), whole[:rows])
+
+
+def test_nothing_depends_on_the_number_of_threads() -> None:
+    weight = plain.encode(torch.randn(300, 2048), "lm2:64")
+    x = torch.randn(5, 2048)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(ops.packed_linear(x, weight))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_bias_and_addend_are_added_before_rounding() -> None:
+    weight = plain.encode(torch.randn(70, 64), "nf4:64")
+    bias, addend = torch.randn(70) * 1e-3, torch.randn(2, 3, 70) * 1e-3
+    x = torch.zeros(2, 3, 64, dtype=torch.bfloat16)
+    assert torch.equal(ops.packed_linear(x, weight, bias=bias, addend=addend), (addend + bias).bfloat16())
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    weight = plain.encode(torch.randn(70, 64), "lm3:64")
+    x = torch.randn(64, 10).T
+    assert torch.equal(ops.packed_linear(x, weight), ops.packed_linear(x.contiguous(), weight))
+    assert torch.equal(ops.packed_linear(x[::3], weight), ops.packed_linear(x[::3].contiguous(), weight))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(TAKEN), st.integers(1, 140), st.integers(1, 300), st.integers(1, 40), st.sampled_from([*BOUNDS]),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_size(spelling: str, rows: int, columns: int, count: int, dtype: torch.dtype, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    weight = plain.encode(torch.randn(rows, columns, generator=random), spelling)
+    x = torch.randn(count, columns, generator=random).to(dtype)
+    check(x, ops.packed_linear(x, weight), plain.decode(weight))
+
+
+def test_scales_of_any_exponent() -> None:
+    for factor in (1e-30, 1e25):
+        weight = plain.encode(torch.randn(64, 64) * factor, "lm2:64")
+        x = torch.randn(1, 64)
+        found = ops.packed_linear(x, cpu_linear.arrange(weight)) / factor
+        torch.testing.assert_close(
+            found, x @ plain.decode(cpu_linear.canonical(replace(weight, arranged=True))).T / factor
+        )
+
+
+def test_what_is_not_multiplied_is_decoded_or_refused() -> None:
+    for spelling in ("int8:64", "half:row", "lm2:8"):
+        weight = plain.encode(torch.randn(20, 64), spelling)
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(ops.packed_linear(x, weight), x @ plain.decode(weight).T)
+        with pytest.raises(
+            KernelError, match=f"no native kernel multiplies {spelling} weights with torch.float32 on cpu"
+        ):
+            ops.packed_linear(x, weight, invariant=True)
+    with pytest.raises(KernelError, match=r"32 columns.*needs 64"):
+        ops.packed_linear(torch.randn(2, 32), plain.encode(torch.randn(20, 64), "lm2:64"))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_product(isa: str) -> None:
+    code = (
+        "import torch; from bitloft.kernels import cpu_linear, ops, plain; torch.manual_seed(1)\n"
+        "for fmt in ('lm2:64', 'nf4:64+dq', 'lm3:64', 'sign:128', 'uniform3:64', 'book2:64+shift'):\n"
+        "    w = plain.encode(torch.randn(100, 320), fmt); dense = plain.decode(w).double()\n"
+        "    for x in (torch.randn(1, 320), torch.randn(9, 320), torch.randn(5, 320).bfloat16()):\n"
+        "        y = ops.packed_linear(x, w).double(); e = x.double() @ dense.T\n"
+        "        assert (y - e).abs().max() < (2e-5 if x.dtype == torch.float32 else 1.2e-2) * e.abs().max(), fmt\n"
+        "    a = cpu_linear.arrange(w)\n"
+        "    assert torch.equal(ops.packed_linear(x, a).double(), y), fmt\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "BITLOFT_ISA": isa}
+    )
+    if "which this processor does not have" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert not done.returncode, done.stderr
