@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bitloft.formats import Format
 from bitloft.kernels import ops
-from bitloft.modules.linear import QuantLinear, packed_product
+from bitloft.kernels.product import packed_product
+from bitloft.modules.linear import QuantLinear
 from bitloft.modules.parts import load_tensors, tensor_name
 from bitloft.packed import PackedTensor, pack_halves, scale_exponent, scales_of, unpack_halves
 
@@ -38,7 +39,7 @@ class TunedLinear(nn.Module):
         layer, device = self.layer, input.device.type
         x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
         if self.gain is None:
-            y = packed_product(x, layer.packed_weight(), None, 0.0)
+            y = packed_product(x, layer.packed_weight())
         else:
             y = _GainedLinear.apply(x, self.gain, layer.packed_weight())  # type: ignore[no-untyped-call]
         if layer.rank:
