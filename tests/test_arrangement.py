@@ -113,9 +113,7 @@ def test_sharded_codes_are_refused_in_one_sentence() -> None:
 
     module, _, _, _ = arranged()
     module._parameters["weight"] = nn.Parameter(module.weight.data.as_subclass(Shard), requires_grad=False)
-    with pytest.raises(
-        KernelError, match="were sharded or moved while they were arranged; load the model with arrange=F"
-    ):
+    with pytest.raises(KernelError, match=r"sharded or moved while they were arranged; load the model with arrange=F"):
         module.state_dict()
     module.arranged = None
     assert not module.arrange()  # and a shard is not arranged

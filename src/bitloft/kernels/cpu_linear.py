@@ -107,8 +107,8 @@ def packed_linear(
 ) -> Float[Tensor, "*batch rows"]:
     """x W^T + bias + addend in the dtype of ``x``, for a weight that was ``described``.
 
-    ``bias`` and ``addend`` are float32 and contiguous, and added before the sum is rounded. ``invariant``: what a row gets
-    does not depend on how many there are.
+    ``bias`` and ``addend`` are float32 and contiguous, and added before the sum is rounded. ``invariant``: what a row
+    gets does not depend on how many there are.
     """
     x = x if x.is_contiguous() else x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.rows)

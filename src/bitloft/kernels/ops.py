@@ -79,16 +79,17 @@ def packed_linear(
 ) -> Float[Tensor, "*batch rows"]:
     """y = x @ decode(weight).T + bias + addend, in the dtype of ``x``; see ``plain.packed_linear``.
 
-    ``bias`` and ``addend`` (float32) are added before the sum is rounded. ``invariant`` makes what a row gets independent
-    of how many there are. Raises KernelError on a wrong width, and for ``invariant`` where no native kernel multiplies.
+    ``bias`` and ``addend`` (float32) are added before the sum is rounded. ``invariant`` makes what a row gets
+    independent of how many there are. Raises KernelError on a wrong width, and for ``invariant`` where no native kernel
+    multiplies.
     """
     if cpu_linear.takes(x, weight):
         bias, addend = (t if t is None else t.float().contiguous() for t in (bias, addend))
         return cpu_linear.packed_linear(x, cpu_linear.described(weight), bias=bias, addend=addend, invariant=invariant)
     if invariant:
         raise KernelError(
-            f"no native kernel multiplies {weight.format} weights with {x.dtype} on {x.device.type} here, and the plain "
-            "definition is not batch invariant; leave batch_invariant out or choose a format of 1 to 4 bits."
+            f"no native kernel multiplies {weight.format} weights with {x.dtype} on {x.device.type} here, and the "
+            "plain definition is not batch invariant; leave batch_invariant out or choose a format of 1 to 4 bits."
         )
     y = plain.packed_linear(x, cpu_linear.canonical(weight))
     for added in (bias, addend):

@@ -3,8 +3,8 @@
 Start, bias and what adapters add are summed in float32 and rounded once: rounded first, a young adapter is lost in the
 last bit of bfloat16 (docs/decisions.md). The weight is frozen, so backward needs the input's gradient only.
 
-Eager calls go straight to ``ops.packed_linear``; traced ones through the operator ``bitloft::packed_linear``, which takes
-the stored tensors as a list. The detour costs some microseconds, where one row of a 2-bit product takes a hundred.
+Eager calls go straight to ``ops.packed_linear``; traced ones through the operator ``bitloft::packed_linear``, which
+takes the stored tensors as a list. The detour costs some microseconds, where one row of a 2-bit product takes a hundred.
 """
 
 from dataclasses import replace
@@ -38,13 +38,14 @@ def packed_product(
     x = _autocast(x)
     if start is not None:
         addend = _start_product(x, start, weight.shape[0], addend)
+    y: Tensor
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.bitloft.packed_linear(x, *_flat(weight), bias, addend, invariant)
-        return y
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, addend)):
+        y = torch.ops.bitloft.packed_linear(x, *flat(weight), bias, addend, invariant)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, addend)):
         y = _Product.apply(x, weight, bias, addend, invariant)  # type: ignore[no-untyped-call]
-        return y
-    return ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant)
+    else:
+        y = ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant)
+    return y
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -60,16 +61,17 @@ def _start_product(x: Tensor, start: Start, features: int, addend: Tensor | None
         job = cpu_lora.Job(features, _EVERY_ROW, [], _blocks(start)).to(out, add=addend is not None)
         cpu_lora.run(x.reshape(1, count, x.shape[-1]), _EVERY_ROW, [job])
         return out
+    y: Tensor
     if torch.compiler.is_compiling():
-        inner = torch.ops.bitloft.packed_linear(x, *_flat(start.a), None, None, False)
-        y = start.scaling * torch.ops.bitloft.packed_linear_grad_input(inner.float(), *_flat(start.bt))
+        inner = torch.ops.bitloft.packed_linear(x, *flat(start.a), None, None, False)
+        y = start.scaling * torch.ops.bitloft.packed_linear_grad_input(inner.float(), *flat(start.bt))
     else:
         inner = x @ ops.decode(start.a, x.dtype).T
         y = start.scaling * (inner.float() @ ops.decode(start.bt))
     return y if addend is None else y + addend
 
 
-def _flat(packed: PackedTensor) -> tuple[list[Tensor], str, list[int], bool]:
+def flat(packed: PackedTensor) -> tuple[list[Tensor], str, list[int], bool]:
     """A packed tensor as the operators take it."""
     return list(packed.tensors().values()), str(packed.format), list(packed.shape), packed.arranged
 
@@ -162,18 +164,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    dx = torch.ops.bitloft.packed_linear_grad_input(grad, list(ctx.saved_tensors), ctx.format, ctx.shape, ctx.arranged)
+    weight = list(ctx.saved_tensors)
+    dx = torch.ops.bitloft.packed_linear_grad_input(grad, weight, ctx.format, ctx.shape, ctx.arranged)
     bias = _sum_rows(grad) if ctx.needs_input_grad[5] else None
-    return (
-        dx,
-        [None] * len(ctx.saved_tensors),
-        None,
-        None,
-        None,
-        bias,
-        grad.float() if ctx.needs_input_grad[6] else None,
-        None,
-    )
+    addend = grad.float() if ctx.needs_input_grad[6] else None
+    return dx, [None] * len(weight), None, None, None, bias, addend, None
 
 
 _LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")

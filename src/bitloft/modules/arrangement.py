@@ -41,7 +41,7 @@ class Arrangement(nn.Module):
         plain tensor on the CPU (a shard of FSDP, a fake tensor).
         """
         possible = cpu.library() is not None and cpu_linear.can_arrange(self.format, self.in_features)
-        if self.arranged is None and possible and self._plain() and self.weight.is_contiguous():
+        if self.arranged is None and possible and self._plain() and self._held().codes.is_contiguous():
             cpu_linear.arrange(self._held())
             self.arranged = ORDER
         return self.arranged is not None
@@ -96,7 +96,7 @@ class Arrangement(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         arranged = self.arranged is not None
         self.restore()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if arranged:
             self.arrange()
         return self
