@@ -146,7 +146,7 @@ def test_options_that_need_each_other(world: dict[str, Path], tmp_path: Path) ->
         CompressOptions(method="loraquant", distill=5)
     for settings in ({"distill": 0}, {"distill_codes": False}, {"length": 1}, {"batch": 0}, {"base_mismatch": "no"}):
         with pytest.raises(OptionError):
-            CompressOptions(**settings)  # type: ignore[arg-type]
+            CompressOptions(**settings)
     assert not out.exists()
 
 
