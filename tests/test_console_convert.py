@@ -53,11 +53,11 @@ def test_merge_and_convert_say_what_they_changed(tiny_model: Path, tmp_path: Pat
 def test_an_adapter_of_no_base_is_let_in_only_when_asked(tiny_model: Path, tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", make_adapter(tmp_path / "a")
     quantize(tiny_model, base, format="nf4:32", rank=2, steps=1)
-    commands: tuple[tuple[str | Path, ...], ...] = (("merge", base), ("convert", base, "--to", "dense"))
-    for command in commands:
+    commands: tuple[tuple[str, list[str]], ...] = (("merge", []), ("convert", ["--to", "dense"]))
+    for name, flags in commands:
         with pytest.raises(AdapterError, match="was made without a fingerprint, for 'tiny' by name"):
-            run(*command, "--adapter", adapter, "--out", tmp_path / "no")
-        out = run(*command, "--adapter", adapter, "--out", tmp_path / str(command[0]), "--base-mismatch", "allow")
+            run(name, base, *flags, "--adapter", adapter, "--out", tmp_path / "no")
+        out = run(name, base, *flags, "--adapter", adapter, "--out", tmp_path / name, "--base-mismatch", "allow")
         assert "without a fingerprint" in out
 
 
