@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from bitloft.adapters import is_packed, read_packed
 from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
 from bitloft.errors import AdapterError, CheckpointError, OptionError
+from bitloft.modules import arrangement
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank, install
 from bitloft.options import STARTS
@@ -65,12 +66,17 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = True,
+    arrange: bool = True,
+    batch_invariant: bool = False,
 ) -> PreTrainedModel:
     """A packed base with its start, in eval mode, and packed adapters attached by name.
 
     With adapters, ``model(..., adapter_names=[...])`` and ``model.generate(..., adapter_names=[...])`` take one name
     per row, ``"__base__"`` meaning none. ``start="trainable"`` leaves the start out of the forward, for the caller to
     hand to PEFT. ``dtype`` is that of the parts that are not packed: by default float32 on CPU, else as stored.
+    ``arrange`` brings the codes on a CPU into the order that one row of input is multiplied fastest in (same size;
+    saving and copying give the stored order); leave it out for training and before sharding. ``batch_invariant`` makes
+    what a row gets from a packed layer independent of the rows beside it, which costs float32 input of one row a third.
     Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter of another base.
     """
     from bitloft.integrations import register
@@ -87,6 +93,9 @@ def load(
     model = model.to(device).eval()
     for layer in quant_linears(model).values():
         layer.start_enabled = start == "frozen"
+        layer.batch_invariant = batch_invariant
+    if arrange:
+        arrangement.arrange(model)
     if adapters:
         attach(model, adapters, record)
     return model
