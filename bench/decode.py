@@ -51,13 +51,14 @@ SHAPES = {
 MODES = {"full": (48, 9), "quick": (24, 5), "smoke": (4, 1)}  # tokens a turn, turns
 PROMPT, CONTEXT, RANK = 16, 256, 16
 FORMATS = {"lm2": "lm2:64", "lm4": "lm4:64"}
+TURN = 0.3  # seconds of one engine's turn, about
 START = Format.parse("lm4:64")
 GOALS = {"lm2_vs_llamacpp_q2k_tokens": 1.0, "lm2_vs_dense_bf16": 4.0}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """``seconds(prompt, tokens)`` of single-token steps; ``nbytes`` is what a step reads of the weights."""
+    """``seconds(prompt, tokens)`` of single-token steps; ``nbytes`` of weights are read (llama.cpp: its file)."""
 
     nbytes: int
     seconds: Callable[[int, int], float]
@@ -115,11 +116,10 @@ def measure(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Figures of every engine, and how many times its tokens lm2 makes, from turns taken one after the other."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for engine in engines.values():
-        engine.seconds(PROMPT, 2)
+    counts = {name: _tokens(engine, tokens) for name, engine in engines.items()}
     for _ in range(turns):
         for name, engine in engines.items():
-            seconds[name].append(engine.seconds(PROMPT, tokens) / tokens)
+            seconds[name].append(engine.seconds(PROMPT, counts[name]) / counts[name])
     figures = {}
     for name, engine in engines.items():
         step, floor = statistics.median(seconds[name]), engine.nbytes / bandwidth
@@ -133,6 +133,12 @@ def measure(
         for name in engines
     }
     return figures, ratios
+
+
+def _tokens(engine: Engine, most: int) -> int:
+    """Tokens of one turn: fewer where they would take longer than TURN; two at least."""
+    engine.seconds(PROMPT, 1)  # warms up
+    return max(2, min(most, int(TURN / engine.seconds(PROMPT, 1))))
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitloft.formats import Format
 from bitloft.kernels.ops import decode, encode
-from bitloft.solvers.loftq import loftq
+from bitloft.solvers.loftq import WARM_ITERATIONS, loftq
 from bitloft.solvers.lowrank import ITERATIONS, OVERSAMPLE, generator_for, truncated_svd
 
 FORMAT = Format.parse("nf2:64")
@@ -105,7 +105,10 @@ def floor_seconds(weight: Tensor, rank: int, steps: int) -> float:
     thin = torch.randn(weight.shape[1], rank + OVERSAMPLE)
     product = harness.seconds_of(lambda: weight @ thin, 3)[0]
     copy = harness.seconds_of(lambda: weight.clone(), 3)[0]
-    return steps * ((2 * ITERATIONS + 2) * product + copy)
+    passes = (
+        ITERATIONS + (steps - 1) * WARM_ITERATIONS
+    )  # the first SVD starts from nothing, the others from the one before
+    return (2 * passes + 2 * steps) * product + steps * copy
 
 
 if __name__ == "__main__":

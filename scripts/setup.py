@@ -76,7 +76,8 @@ def setup() -> None:
 
 def fingerprint() -> str:
     """Hash of everything that decides what .venv holds."""
-    files = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__))
+    native = (*ROOT.glob("CMakeLists.txt"), *sorted(ROOT.glob("src/bitloft/kernels/native/*")))
+    files = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__), *native)
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 

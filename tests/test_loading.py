@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import bitloft
+from bitloft.checkpoint import read_tensors
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.integrations.loading import base_record, load, load_tokenizer, stored_dtype
+from bitloft.kernels import cpu
+from bitloft.modules.arrangement import ORDER
 from bitloft.modules.linear import quant_linears
 from bitloft.quantize import quantize
 from tests.helpers import make_adapter
@@ -90,6 +93,33 @@ def test_the_start_can_be_handed_out(base: Path) -> None:
         assert not torch.equal(frozen(IDS).logits, bare(IDS).logits)
     with pytest.raises(OptionError, match="start is 'warm'"):
         load(base, start="warm")
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
+def test_codes_are_arranged_unless_that_is_left_out(base: Path, tmp_path: Path) -> None:
+    """The same outputs, and what is saved again is in the stored order."""
+    model, stored = load(base), load(base, arrange=False)
+    layers = quant_linears(model)
+    assert layers
+    assert all(layer.arranged == ORDER for layer in layers.values())
+    assert not any(layer.arranged for layer in quant_linears(stored).values())
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(model(ids).logits, stored(ids).logits)
+    model.save_pretrained(tmp_path)
+    written, expected = (read_tensors(folder / "model.safetensors") for folder in (tmp_path, base))
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_layers_do_not_see_other_rows(base: Path, dtype: torch.dtype) -> None:
+    for layer in quant_linears(load(base, dtype=dtype, batch_invariant=True)).values():
+        x = torch.randn(32, layer.in_features).to(dtype)
+        with torch.no_grad():
+            whole = layer(x)
+            assert torch.equal(layer(x[:1]), whole[:1])
+            assert torch.equal(layer(x[:7]), whole[:7])
 
 
 def test_packed_adapters_attach_by_name_and_mix_in_one_batch(base: Path, packed: dict[str, Path]) -> None:

@@ -68,6 +68,18 @@ def test_a_change_of_the_pins_installs_again(machine: Machine) -> None:
     assert machine.commands[-1][-1].endswith("[dev]")
 
 
+def test_a_change_of_a_native_source_installs_again(machine: Machine) -> None:
+    source = setup.ROOT / "src" / "bitloft" / "kernels" / "native" / "pool.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("int one;")
+    setup.main()
+    for file, text in ((source, "int two;"), (setup.ROOT / "CMakeLists.txt", "project(bitloft)")):
+        machine.commands.clear()
+        file.write_text(text)
+        setup.main()
+        assert machine.commands[-1][-1].endswith("[dev]")
+
+
 def test_says_how_to_get_the_cpu_build_before_it_pulls_cuda(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

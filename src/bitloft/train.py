@@ -86,7 +86,8 @@ def train(
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
     record, rows, tokenizer = base_record(base), read_rows(data), load_tokenizer(base)
     examples, cut = encode_rows(rows, tokenizer, options.length)
-    model = load(base, start=options.start)  # on the CPU: the Trainer moves it to the device of its process
+    # on the CPU, codes in the stored order: the Trainer moves it to the device of its process, and may shard it
+    model = load(base, start=options.start, arrange=False)
     check_length(options.length, model.config)
     precision = choose_precision(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     adapted, work = _adapted(model, options), out.with_name(out.name + ".work")

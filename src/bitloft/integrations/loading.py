@@ -15,6 +15,7 @@ from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.formats import Format
+from bitloft.modules import arrangement
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank, install
 from bitloft.options import STARTS, QuantizeOptions
@@ -90,6 +91,8 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = True,
     base_mismatch: str | None = None,
+    arrange: bool = True,
+    batch_invariant: bool = False,
 ) -> PreTrainedModel:
     """A packed base with its start, in eval mode, and packed adapters attached by name.
 
@@ -97,7 +100,9 @@ def load(
     per row, ``"__base__"`` meaning none. ``start="trainable"`` leaves the start out of the forward, for the caller to
     hand to PEFT. ``dtype`` is that of the parts that are not packed: by default float32 on CPU, else as stored.
     ``base_mismatch`` (refuse, measure or allow) answers for adapters that do not name this base, by default as
-    ``integrations.mismatch`` says; what is let through is logged as a warning.
+    ``integrations.mismatch`` says; what is let through is logged as a warning. ``arrange`` brings the codes on a CPU into the order that one row of input is multiplied fastest in (same size;
+    saving and copying give the stored order); leave it out for training and before sharding. ``batch_invariant`` makes
+    what a row gets from a packed layer independent of the rows beside it, which costs float32 input of one row a third.
     Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter that is refused.
     """
     from bitloft.integrations import register
@@ -115,6 +120,9 @@ def load(
     model = model.to(device).eval()
     for layer in quant_linears(model).values():
         layer.start_enabled = start == "frozen"
+        layer.batch_invariant = batch_invariant
+    if arrange:
+        arrangement.arrange(model)
     if adapters:
         plain = next((path for path in adapters.values() if not is_packed(Path(path))), None)
         if plain is not None:

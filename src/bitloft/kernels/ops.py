@@ -108,8 +108,10 @@ def packed_linear_grad_input(
     if not cpu_dequantize.takes(weight, grad.dtype):
         return plain.packed_linear_grad_input(grad, weight)
     plain.check_matrix(grad, weight, axis=0)
-    out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     step = max(plain.TILE // max(weight.shape[1], 1), 1)
+    if weight.shape[0] <= step:  # one tile: nothing to add up, no zeros to write first
+        return grad @ cpu_dequantize.decode(weight, grad.dtype)
+    out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = torch.arange(start, min(start + step, weight.shape[0]))
         out += grad[..., rows[0] : rows[-1] + 1] @ cpu_dequantize.decode_rows(weight, rows, grad.dtype)
