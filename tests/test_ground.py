@@ -35,7 +35,7 @@ def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def distilled(world: dict[str, Path], out: Path, **settings: Any) -> CompressReport:
-    asked: dict[str, Any] = {"bits": 1.5, "distill": 60, "length": 32} | settings
+    asked: dict[str, Any] = {"bits": 1.5, "distill": 16, "length": 32} | settings
     return compress(world["adapter"], out, base=world["base"], data=world["rows"], **asked)
 
 
@@ -51,14 +51,14 @@ def test_distilling_lowers_the_loss_at_the_same_size(world: dict[str, Path], tmp
     assert evaluate(world["base"], held, tmp_path / "out", length=32).loss == pytest.approx(found.loss_after, rel=1e-4)
     assert evaluate(world["base"], held, world["adapter"], length=32).loss == pytest.approx(found.loss_full, rel=1e-4)
     packed = read_packed(tmp_path / "out")
-    assert packed.method["distill"] == 60
+    assert packed.method["distill"] == 16
     assert packed.method.get("distill_codes", True) is codes
     assert packed.error == pytest.approx(report.error, rel=1e-2)  # of what is stored now, not of what was solved
 
 
 def test_twice_the_same_bytes(world: dict[str, Path], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        distilled(world, tmp_path / name, distill=5)
+        distilled(world, tmp_path / name, distill=3)
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
 
@@ -137,13 +137,13 @@ def test_bulk_runs_say_it_in_the_row(world: dict[str, Path], tmp_path: Path) -> 
 def test_options_that_need_each_other(world: dict[str, Path], tmp_path: Path) -> None:
     adapter, out = world["adapter"], tmp_path / "out"
     with pytest.raises(OptionError, match="distill runs the adapter on its base; give base and data"):
-        compress(adapter, out, base=world["base"], distill=5)
+        compress(adapter, out, base=world["base"], distill=3)
     with pytest.raises(OptionError, match="data is about an adapter on a base; give base too"):
         compress(adapter, out, data=world["rows"])
     with pytest.raises(OptionError, match="base_mismatch is about an adapter on a base"):
         compress(adapter, out, base_mismatch="allow")
     with pytest.raises(OptionError, match="distill does not apply to method loraquant"):
-        CompressOptions(method="loraquant", distill=5)
+        CompressOptions(method="loraquant", distill=3)
     for settings in ({"distill": 0}, {"distill_codes": False}, {"length": 1}, {"batch": 0}, {"base_mismatch": "no"}):
         with pytest.raises(OptionError):
             CompressOptions(**settings)
@@ -157,7 +157,7 @@ def test_hostile_data_and_adapters_leave_nothing(world: dict[str, Path], tmp_pat
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"texts": 1}\n')
     with pytest.raises(DataError, match="line 2"):
-        compress(world["adapter"], tmp_path / "out", base=world["base"], data=bad, distill=5)
+        compress(world["adapter"], tmp_path / "out", base=world["base"], data=bad, distill=3)
     with pytest.raises(OptionError, match="length 512 is beyond the 256 positions"):
         distilled(world, tmp_path / "out", length=512)
     zero = make_adapter(tmp_path / "zero", rank=8, base=world["base"])
