@@ -100,9 +100,10 @@ def load(
     per row, ``"__base__"`` meaning none. ``start="trainable"`` leaves the start out of the forward, for the caller to
     hand to PEFT. ``dtype`` is that of the parts that are not packed: by default float32 on CPU, else as stored.
     ``base_mismatch`` (refuse, measure or allow) answers for adapters that do not name this base, by default as
-    ``integrations.mismatch`` says; what is let through is logged as a warning. ``arrange`` brings the codes on a CPU into the order that one row of input is multiplied fastest in (same size;
-    saving and copying give the stored order); leave it out for training and before sharding. ``batch_invariant`` makes
-    what a row gets from a packed layer independent of the rows beside it, which costs float32 input of one row a third.
+    ``integrations.mismatch`` says; what is let through is logged as a warning. ``arrange`` brings the codes on a CPU
+    into the order that one row of input is multiplied fastest in (same size; saving and copying give the stored
+    order); leave it out for training and before sharding. ``batch_invariant`` makes what a row gets from a packed layer
+    independent of the rows beside it, which costs float32 input of one row a third.
     Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter that is refused.
     """
     from bitloft.integrations import register
