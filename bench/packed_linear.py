@@ -1,13 +1,13 @@
 """Products with packed 4096 x 4096 weights against bitsandbytes, torch's int4pack and dense bfloat16, in one process.
 
 Weights lie in turns in more memory than the last-level cache holds, as a model's do; ours are arranged (what
-``bitloft.load`` does) and called through the torch operator. Pairs are interleaved, one call of ours and one of theirs,
-and the median of the ratios counts. One row: float32 and bfloat16 input, the worse counts, against bitsandbytes' path for
-inference (bfloat16, weights repacked for AVX-512); more rows: bfloat16 for all. The error is that of the output against
-the float32 definition, relative to its norm.
+``bitloft.load`` does) and called through the torch operator. Pairs are interleaved, one call of ours and one of
+theirs, and the median of the ratios counts. One row: float32 and bfloat16 input, the worse counts, against
+bitsandbytes' path for inference (bfloat16, weights repacked for AVX-512); more rows: bfloat16 for all. The error is that
+of the output against the float32 definition, relative to its norm.
 
-Floor of a call: bytes of the weight over the read bandwidth of this run, or operations over the rate of torch's bfloat16
-product, whichever is longer.
+Floor of a call: bytes of the weight over the read bandwidth of this run, or operations over the rate of torch's
+bfloat16 product, whichever is longer.
 """
 
 import statistics
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bitloft import roofline
-from bitloft.kernels import cpu, cpu_linear, ops, product
+from bitloft.kernels import cpu, cpu_linear, operators, ops
 from bitloft.packed import PackedTensor
 
 Call = Callable[[Tensor], Tensor]
@@ -60,8 +60,8 @@ class Bench:
         """Our operator on one copy of the weight after the other."""
         packed = self.packed[fmt]
         copies = [arranged_copy(packed) for _ in range(self.copies(packed.nbytes))]
-        turn = cycle([product.flat(copy) for copy in copies])
-        return lambda x: torch.ops.bitloft.packed_linear(x, *next(turn), None, None, invariant)
+        turn = cycle([operators.flat(copy) for copy in copies])
+        return lambda x: torch.ops.bitloft.packed_linear(x, *next(turn), invariant=invariant)
 
     def copies(self, nbytes: int) -> int:
         return max(self.apart // nbytes, 2)

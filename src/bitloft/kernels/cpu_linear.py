@@ -6,7 +6,7 @@ are multiplied as they are; other formats are decoded first (``ops.packed_linear
 """
 
 import ctypes
-from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_void_p, pointer
+from ctypes import POINTER, byref, c_int, c_int32, c_int64, c_void_p
 from dataclasses import replace
 from functools import cache
 
@@ -22,23 +22,12 @@ from bitloft.packed import PackedTensor
 INVARIANT = 1  # BL_INVARIANT
 
 
-class _Input(ctypes.Structure):
-    _fields_ = (
-        ("values", c_void_p), ("rows", c_int64), ("columns", c_int64), ("stride", c_int64), ("dtype", c_int32),
-    )  # fmt: skip
-
-
-class _Product(ctypes.Structure):
-    _fields_ = (
-        ("weight", POINTER(cpu.Matrix)), ("bias", c_void_p), ("addend", c_void_p), ("out", c_void_p),
-        ("stride", c_int64), ("dtype", c_int32),
-    )  # fmt: skip
-
-
 @cache
 def _function() -> "ctypes._NamedFuncPointer":
-    call = _library().bl_packed_linear
-    call.argtypes = (c_void_p, c_void_p, c_int64, c_int32, c_int)
+    call = _library().bl_packed_linear_one
+    call.argtypes = (
+        c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int,
+    )  # fmt: skip
     return call
 
 
@@ -74,32 +63,34 @@ def takes(x: Tensor, packed: PackedTensor) -> bool:
     )
 
 
-def at_once(x: Tensor, fmt: str, shape: list[int]) -> bool:
-    """``takes`` for the operator, which has the parts in a list and a call that is to cost microseconds."""
-    return (
-        x.dtype in cpu.DTYPES
-        and x.device.type == "cpu"
-        and multiplies(_parse(fmt))
-        and x.shape[-1] == shape[1]
-        and cpu.library() is not None
-    )
+class Weight:
+    """A packed matrix as the native side sees it. Holds addresses: the caller keeps the tensors alive."""
+
+    __slots__ = ("address", "columns", "matrix", "rows")
+
+    def __init__(self, packed: PackedTensor) -> None:
+        self.matrix = cpu.matrix(packed)
+        self.address = ctypes.addressof(self.matrix)
+        self.rows, self.columns = packed.shape
 
 
-_parse = cache(Format.parse)
-
-
-def described(packed: PackedTensor) -> cpu.Matrix:
+def described(packed: PackedTensor) -> Weight:
     """``packed`` as the native side sees it, kept with it: its tensors are not replaced, only their contents may."""
-    kept: cpu.Matrix | None = packed.__dict__.get("_native")
+    kept: Weight | None = packed.__dict__.get("_native")
     if kept is None:
-        kept = cpu.matrix(packed)
+        kept = Weight(packed)
         object.__setattr__(packed, "_native", kept)
     return kept
 
 
+def fits(x: Tensor, weight: Weight) -> bool:
+    """``takes`` for a weight that was taken before."""
+    return x.dtype in cpu.DTYPES and x.shape[-1] == weight.columns and x.is_cpu
+
+
 def packed_linear(
     x: Float[Tensor, "*batch columns"],
-    weight: cpu.Matrix,
+    weight: Weight,
     *,
     bias: Float[Tensor, " rows"] | None = None,
     addend: Float[Tensor, "*batch rows"] | None = None,
@@ -111,19 +102,17 @@ def packed_linear(
     gets does not depend on how many there are.
     """
     x = x if x.is_contiguous() else x.contiguous()
-    out = x.new_empty(*x.shape[:-1], weight.rows)
-    columns, dtype = weight.columns, cpu.DTYPES[x.dtype]
-    rows = x.numel() // columns if columns else out.numel() // max(weight.rows, 1)
-    product = _Product(
-        pointer(weight),
-        None if bias is None else bias.data_ptr(),
-        None if addend is None else addend.data_ptr(),
-        out.data_ptr(),
-        weight.rows,
-        dtype,
-    )
-    given = _Input(x.data_ptr(), rows, columns, columns, dtype)
-    cpu.done(_function()(byref(given), byref(product), 1, INVARIANT * invariant, torch.get_num_threads()))
+    batch = x.shape[:-1]
+    rows = 1
+    for count in batch:
+        rows *= count
+    out = torch.empty((*batch, weight.rows), dtype=x.dtype)
+    status = _function()(
+        x.data_ptr(), cpu.DTYPES[x.dtype], rows, weight.address, None if bias is None else bias.data_ptr(),
+        None if addend is None else addend.data_ptr(), out.data_ptr(), INVARIANT * invariant, torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        cpu.done(status)
     return out
 
 

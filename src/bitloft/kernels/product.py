@@ -8,16 +8,15 @@ takes the stored tensors as a list. The detour costs some microseconds, where on
 hundred.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitloft.formats import Format, layout
-from bitloft.kernels import cpu, cpu_linear, cpu_lora, ops
+from bitloft.kernels import cpu_lora, ops
 from bitloft.kernels.lora import Start
+from bitloft.kernels.operators import flat, sum_rows
 from bitloft.packed import PackedTensor
 
 FEW = 64  # rows up to which the start is multiplied from its codes; with more, decoding it once is cheaper
@@ -74,11 +73,6 @@ def _start_product(x: Tensor, start: Start, features: int, addend: Tensor | None
     return y if addend is None else y + addend
 
 
-def flat(packed: PackedTensor) -> tuple[list[Tensor], str, list[int], bool]:
-    """A packed tensor as the operators take it."""
-    return list(packed.tensors().values()), str(packed.format), list(packed.shape), packed.arranged
-
-
 _EVERY_ROW = cpu_lora.Rows(1, [])
 
 
@@ -122,103 +116,4 @@ class _Product(torch.autograd.Function):
         if dx is not None and ctx.start is not None:
             a, bt, scaling = ctx.start
             dx += (scaling * (grad @ ops.decode(bt, grad.dtype).T)) @ ops.decode(a, grad.dtype)
-        return dx, None, None, _sum_rows(grad) if bias else None, grad.float() if addend else None, None
-
-
-def _sum_rows(grad: Tensor) -> Tensor:
-    return grad.float().reshape(-1, grad.shape[-1]).sum(0)
-
-
-# ---- the operator ----------------------------------------------------------------------------------------------------
-
-_LIBRARY = torch.library.Library("bitloft", "FRAGMENT")
-_LIBRARY.define(
-    "packed_linear(Tensor x, Tensor[] weight, str format, int[] shape, bool arranged, Tensor? bias, Tensor? addend, "
-    "bool invariant) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "packed_linear_grad_input(Tensor grad, Tensor[] weight, str format, int[] shape, bool arranged) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-_KEPT: dict[tuple[object, ...], cpu.Matrix] = {}  # descriptions by all that they depend on; they own nothing
-_MOST = 4096
-
-
-def _described(parts: list[Tensor], fmt: str, shape: list[int], arranged: bool) -> cpu.Matrix:
-    """What the native library is told of a list of parts: found again by their addresses and sizes."""
-    key = (fmt, *shape, arranged, *map(Tensor.data_ptr, parts), *[part.nbytes for part in parts])
-    found = _KEPT.get(key)
-    if found is None:
-        if len(_KEPT) >= _MOST:
-            _KEPT.clear()
-        found = _KEPT[key] = cpu_linear.described(_packed(parts, fmt, shape, arranged))
-    return found
-
-
-def _packed(parts: list[Tensor], fmt: str, shape: list[int], arranged: bool) -> PackedTensor:
-    parsed, size = Format.parse(fmt), tuple(shape)
-    found = PackedTensor.from_tensors(parsed, size, dict(zip(layout(size, parsed), parts, strict=True)))
-    return replace(found, arranged=arranged)
-
-
-def _packed_linear(
-    x: Tensor, weight: list[Tensor], format: str, shape: list[int], arranged: bool, bias: Tensor | None,
-    addend: Tensor | None, invariant: bool,
-) -> Tensor:  # fmt: skip
-    if cpu_linear.at_once(x, format, shape) and bias is None and addend is None:
-        return cpu_linear.packed_linear(x, _described(weight, format, shape, arranged), invariant=invariant)
-    packed = _packed(weight, format, shape, arranged)
-    return ops.packed_linear(x, packed, bias=bias, addend=addend, invariant=invariant)
-
-
-def _grad_input(grad: Tensor, weight: list[Tensor], format: str, shape: list[int], arranged: bool) -> Tensor:
-    return ops.packed_linear_grad_input(grad, _packed(weight, format, shape, arranged))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, ctx.format, ctx.shape, ctx.arranged, *_ = inputs
-    ctx.save_for_backward(*weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight = list(ctx.saved_tensors)
-    dx = torch.ops.bitloft.packed_linear_grad_input(grad, weight, ctx.format, ctx.shape, ctx.arranged)
-    bias = _sum_rows(grad) if ctx.needs_input_grad[5] else None
-    addend = grad.float() if ctx.needs_input_grad[6] else None
-    return dx, [None] * len(weight), None, None, None, bias, addend, None
-
-
-_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("packed_linear_grad_input", _grad_input, "CompositeExplicitAutograd")
-torch.library.register_autograd("bitloft::packed_linear", _backward, setup_context=_setup, lib=_LIBRARY)
-
-
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, ctx.format, ctx.shape, ctx.arranged = inputs
-    ctx.save_for_backward(*weight)
-
-
-def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight = list(ctx.saved_tensors)
-    back = torch.ops.bitloft.packed_linear(grad, weight, ctx.format, ctx.shape, ctx.arranged, None, None, False)
-    return back, [None] * len(weight), None, None, None
-
-
-torch.library.register_autograd(
-    "bitloft::packed_linear_grad_input", _backward_grad_input, setup_context=_setup_grad_input, lib=_LIBRARY
-)
-
-
-@torch.library.register_fake("bitloft::packed_linear", lib=_LIBRARY)
-def _fake(
-    x: Tensor, weight: list[Tensor], format: str, shape: list[int], arranged: bool, bias: Tensor | None,
-    addend: Tensor | None, invariant: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], shape[0])
-
-
-@torch.library.register_fake("bitloft::packed_linear_grad_input", lib=_LIBRARY)
-def _fake_grad_input(grad: Tensor, weight: list[Tensor], format: str, shape: list[int], arranged: bool) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], shape[1])
+        return dx, None, None, sum_rows(grad) if bias else None, grad.float() if addend else None, None

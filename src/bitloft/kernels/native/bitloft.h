@@ -121,6 +121,10 @@ enum { BL_INVARIANT = 1 }; /* flags of a call: what a row gets does not depend o
  * input with levels rounded to bfloat16 (where the processor has such dot products) and summed in float32. */
 BL_API int bl_packed_linear(const bl_input *x, const bl_product *products, int64_t count, int32_t flags, int threads);
 
+/* The same for one matrix, rows of x [rows, weight columns] and out [rows, weight rows] without gaps, out of x's dtype. */
+BL_API int bl_packed_linear_one(const void *x, int32_t dtype, int64_t rows, const bl_matrix *weight, const float *bias,
+                                const float *addend, void *out, int32_t flags, int threads);
+
 /* 1 if bl_packed_linear takes this matrix, 0 if not (then bl_error says nothing: other codes are decoded first). */
 BL_API int bl_multiplies(const bl_matrix *matrix);
 

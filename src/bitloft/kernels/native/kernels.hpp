@@ -25,7 +25,8 @@ struct Attention;
 
 struct Kernels {
   const char* name;
-  bool pairs;  // multiplies bfloat16 pairs
+  bool pairs;       // multiplies bfloat16 pairs
+  bool two_blocks;  // of a matrix at once, with one row of input
   void (*gather)(const Block&, uint32_t* words);
   void (*arrange)(const Block&, uint8_t* codes, uint16_t* scales, bool back);
   void (*turn_scales)(const Block&, bool arranged, float* scales, float* offsets);

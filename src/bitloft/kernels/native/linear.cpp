@@ -55,8 +55,8 @@ struct Part {
   float levels[16];
   int same;         // the first part whose prepared input serves this one too
   int64_t x_bytes;  // of one prepared row
-  char* x;
-  float* sums;
+  int64_t x, sums;  // where in the prepared input its rows and their sums begin
+  int64_t turns;    // blocks, or pairs of them
 };
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -90,46 +90,46 @@ bool same_input(const Part& a, const Part& b) {
 class Call {
  public:
   Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count)
-      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count) {
-    int64_t bytes = 0;
+      : table_(table), x_(x), row_(row), rows_(rows), together_(rows == 1 && table.two_blocks ? 2 : 1), parts_(parts),
+        count_(count) {
     for (int64_t i = 0; i < count; ++i) {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      if (part.same == i) bytes += rows * part.x_bytes + up(rows * part.groups * 4, 64);
-      blocks_ += part.blocks;
-    }
-    char* at = static_cast<char*>(inputs.get(bytes));
-    for (int64_t i = 0; i < count; ++i) {
-      Part& part = parts[i];
+      part.turns = (part.blocks + together_ - 1) / together_;
+      turns_ += part.turns;
       if (part.same != i) {
         part.x = parts[part.same].x, part.sums = parts[part.same].sums;
         continue;
       }
-      part.x = at, at += rows * part.x_bytes;
-      part.sums = reinterpret_cast<float*>(at), at += up(rows * part.groups * 4, 64);
+      part.x = bytes_, bytes_ += rows * part.x_bytes;
+      part.sums = bytes_, bytes_ += up(rows * part.groups * 4, 64);
     }
   }
 
   void go(int threads) {
-    if (blocks_ == 0) return;
+    if (turns_ == 0) return;
     int64_t work = 0;
     for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
     if (work < 2 * WORTH_A_THREAD) threads = 1;
     const int64_t most = threads * TASKS_PER_THREAD;
-    const int64_t per_task = (blocks_ + most - 1) / most, tasks = (blocks_ + per_task - 1) / per_task;
+    const int64_t per_task = (turns_ + most - 1) / most, tasks = (turns_ + per_task - 1) / per_task;
+    char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
     Stage prepared, multiplied;
     run(threads, [&] {
-      prepared.share(rows_, [&](int64_t row) { prepare(row); });
+      // One row is prepared by every thread for itself: that is sooner done than fetched from another's cache.
+      char* const mine = shared != nullptr ? shared : static_cast<char*>(inputs.get(bytes_));
+      if (shared == nullptr) prepare(0, mine);
+      else prepared.share(rows_, [&](int64_t row) { prepare(row, shared); });
       multiplied.share(tasks, [&](int64_t task) {
         const int64_t end = (task + 1) * per_task;
-        for (int64_t b = task * per_task; b < end && b < blocks_; ++b) multiply(b);
+        for (int64_t turn = task * per_task; turn < end && turn < turns_; ++turn) take_turn(turn, mine);
       });
     });
   }
 
  private:
-  void prepare(int64_t row) const {
+  void prepare(int64_t row, char* input) const {
     const int64_t size = x_.dtype == BL_F32 ? 4 : 2;
     for (int64_t i = 0; i < count_; ++i) {
       const Part& part = parts_[i];
@@ -142,60 +142,79 @@ class Call {
           .columns = x_.columns,
           .units = part.units,
           .levels = part.levels,
-          .out = part.x + row * part.x_bytes,
-          .sums = part.offsets ? part.sums + row * part.groups : nullptr,
+          .out = input + part.x + row * part.x_bytes,
+          .sums = part.offsets ? reinterpret_cast<float*>(input + part.sums) + row * part.groups : nullptr,
           .groups = part.groups,
           .group_columns = part.matrix->groups > 1 ? part.matrix->group : x_.columns,
       });
     }
   }
 
-  void multiply(int64_t block) const {
+  void take_turn(int64_t turn, const char* input) const {
     int64_t i = 0;
-    while (block >= parts_[i].blocks) block -= parts_[i++].blocks;
+    while (turn >= parts_[i].turns) turn -= parts_[i++].turns;
     const Part& part = parts_[i];
+    const int64_t first = turn * together_, row = first * BLOCK;
+    const bool two = together_ == 2 && first + 1 < part.blocks;
+    const bool whole = row + (two ? 2 : 1) * BLOCK <= part.matrix->rows;
+    const bool apart = part.input == Input::SUMS || (part.arranged && !whole);  // a tail is in another order
+    if (!two || !apart) return multiply(part, row, two ? 2 : 1, input);
+    multiply(part, row, 1, input);
+    multiply(part, row + BLOCK, 1, input);
+  }
+
+  void multiply(const Part& part, int64_t row, int64_t blocks, const char* input) const {
     const bl_matrix& m = *part.matrix;
-    const Block where{&m, block * BLOCK, m.rows - block * BLOCK < BLOCK ? m.rows - block * BLOCK : BLOCK};
     const int64_t words = part.units * unit_words(m.bits) * BLOCK, scales = part.groups * BLOCK;
-    float* at = static_cast<float*>(room.get((words + 2 * scales + rows_ * BLOCK + PIECE * BLOCK) * 4));
+    const int64_t floats = blocks * (words + 2 * scales + rows_ * BLOCK) + PIECE * BLOCK;
+    float* at = static_cast<float*>(room.get(floats * 4));
     uint32_t* gathered = reinterpret_cast<uint32_t*>(at);
-    float *turned = at + words, *offsets = turned + scales, *totals = offsets + scales, *tile = totals + rows_ * BLOCK;
-    const bool in_order = part.arranged && where.rows == BLOCK;
+    float *turned = at + blocks * words, *offsets = turned + blocks * scales, *totals = offsets + blocks * scales;
+    const int64_t rows = m.rows - row < blocks * BLOCK ? m.rows - row : blocks * BLOCK;
+    const bool in_order = part.arranged && rows == blocks * BLOCK;
     const bool halves = in_order && scales_arranged(m) && std::abs(*m.exponent) < 100;
     const int64_t scale_bytes = m.groups == 0 || (m.flags & BL_TENSOR) ? 0 : m.flags & BL_DQ ? 1 : 2;
-    if (!in_order) table_.gather(where, gathered);
-    if (!halves || part.offsets) table_.turn_scales(where, in_order, turned, part.offsets ? offsets : nullptr);
-    begin(part, where, totals);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t left = rows - b * BLOCK;
+      const Block where{&m, row + b * BLOCK, left < BLOCK ? left : BLOCK};
+      if (!in_order) table_.gather(where, gathered + b * words);
+      if (!halves || part.offsets)
+        table_.turn_scales(where, in_order, turned + b * scales, part.offsets ? offsets + b * scales : nullptr);
+      begin(part, where, totals + b * rows_ * BLOCK);
+    }
     table_.product({
         .bits = m.bits,
         .input = part.input,
         .rows = rows_,
+        .blocks = blocks,
         .groups = part.groups,
         .group_units = part.group_units,
-        .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + where.row * (m.width * m.bits / 8)) : gathered,
+        .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + row * (m.width * m.bits / 8)) : gathered,
         .levels = part.levels,
         .scales = halves ? nullptr : turned,
-        .halves = static_cast<const uint16_t*>(m.scales) + where.row * m.groups,
+        .halves = static_cast<const uint16_t*>(m.scales) + row * m.groups,
         .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
         .offsets = part.offsets ? offsets : nullptr,
-        .x = part.x,
+        .x = input + part.x,
         .x_stride = part.x_bytes / 4,
-        .sums = part.sums,
+        .sums = reinterpret_cast<const float*>(input + part.sums),
         .totals = totals,
-        .next = static_cast<const char*>(m.scales) + (where.row + where.rows) * scale_bytes * m.groups,
-        .next_bytes = BLOCK * scale_bytes,
-        .tile = tile,
+        .next = static_cast<const char*>(m.scales) + (row + rows) * scale_bytes * m.groups,
+        .next_bytes = blocks * BLOCK * scale_bytes,
+        .tile = totals + blocks * rows_ * BLOCK,
     });
     const bl_product& p = *part.product;
-    const int64_t size = p.dtype == BL_F32 ? 4 : 2;
-    table_.finish({
-        .totals = totals,
-        .rows = rows_,
-        .columns = where.rows,
-        .out = static_cast<char*>(p.out) + (row_ * p.stride + where.row) * size,
-        .stride = p.stride,
-        .dtype = p.dtype,
-    });
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t begin = row + b * BLOCK, left = m.rows - begin;
+      table_.finish({
+          .totals = totals + b * rows_ * BLOCK,
+          .rows = rows_,
+          .columns = left < BLOCK ? left : BLOCK,
+          .out = static_cast<char*>(p.out) + (row_ * p.stride + begin) * (p.dtype == BL_F32 ? 4 : 2),
+          .stride = p.stride,
+          .dtype = p.dtype,
+      });
+    }
   }
 
   // What totals start from: bias and addend are added before the sum is rounded to the output's dtype.
@@ -213,10 +232,10 @@ class Call {
 
   const Kernels& table_;
   const bl_input& x_;
-  const int64_t row_, rows_;
+  const int64_t row_, rows_, together_;
   Part* parts_;
   const int64_t count_;
-  int64_t blocks_ = 0;
+  int64_t turns_ = 0, bytes_ = 0;
 };
 
 bool known(int32_t dtype) { return dtype == BL_F32 || dtype == BL_BF16 || dtype == BL_F16; }
@@ -261,6 +280,14 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
     }
   }
   return 0;
+}
+
+int bl_packed_linear_one(const void* x, int32_t dtype, int64_t rows, const bl_matrix* weight, const float* bias,
+                         const float* addend, void* out, int32_t flags, int threads) {
+  if (bl::check(weight)) return -1;
+  const bl_input input{x, rows, weight->columns, weight->columns, dtype};
+  const bl_product product{weight, bias, addend, out, weight->rows, dtype};
+  return bl_packed_linear(&input, &product, 1, flags, threads);
 }
 
 int bl_multiplies(const bl_matrix* matrix) { return bl::check(matrix) == 0 && bl::multiplies(*matrix); }

@@ -102,10 +102,10 @@ BL_INLINE void fetch_scales(const Product& p, int64_t group) {
 }
 
 template <int ROWS>
-BL_INLINE void add_scaled(const Lanes* sums, const Product& p, int64_t group, float* totals) {
+BL_INLINE void add_scaled(const Lanes* sums, const Product& p, int64_t group, float* totals, int64_t block = 0) {
 UNROLL(4)
   for (int v = 0; v < VECTORS; ++v) {
-    const int64_t at = group * BLOCK + v * 16;
+    const int64_t at = (block * p.groups + group) * BLOCK + v * 16;
     const Lanes scale = p.scales != nullptr
                             ? load(p.scales + at)
                             : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
@@ -117,37 +117,42 @@ UNROLL(6)
   }
 }
 
-template <int BITS, Input INPUT, int ROWS>
+template <int BITS, Input INPUT, int ROWS, int BLOCKS = 1>
 void direct(const Product& p) {
   using Part = Unit<BITS, INPUT>;
   const Part part(p.levels);
+  const int64_t stride = p.groups * p.group_units * unit_words(BITS) * BLOCK;
   each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
-    Lanes sums[ROWS * VECTORS];
+    constexpr int ACROSS = BLOCKS * VECTORS;
+    Lanes sums[ROWS * ACROSS];
 UNROLL(16)
-    for (int i = 0; i < ROWS * VECTORS; ++i) sums[i] = none();
+    for (int i = 0; i < ROWS * ACROSS; ++i) sums[i] = none();
     const uint32_t* codes = p.codes + unit * unit_words(BITS) * BLOCK;
     const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
     for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, x += Part::X) {
-      fetch_ahead<BITS>(codes);
+UNROLL(2)
+      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS>(codes + b * stride);
 UNROLL(32)
       for (int i = 0; i < Part::STEPS; ++i) {
-        Lanes values[VECTORS];
-UNROLL(4)
-        for (int v = 0; v < VECTORS; ++v) values[v] = part.values(codes + v * 16, i);
+        Lanes values[ACROSS];
+UNROLL(8)
+        for (int v = 0; v < ACROSS; ++v) values[v] = part.values(codes + v / VECTORS * stride + v % VECTORS * 16, i);
 UNROLL(4)
         for (int r = 0; r < ROWS; ++r) {
           const uint32_t number = x[r * p.x_stride + i];
-UNROLL(4)
-          for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = step<INPUT>(sums[r * VECTORS + v], values[v], number);
+UNROLL(8)
+          for (int v = 0; v < ACROSS; ++v) sums[r * ACROSS + v] = step<INPUT>(sums[r * ACROSS + v], values[v], number);
         }
       }
     }
-    add_scaled<ROWS>(sums, p, group, p.totals);
+UNROLL(2)
+    for (int b = 0; b < BLOCKS; ++b) add_scaled<ROWS>(sums + b * VECTORS, p, group, p.totals + b * BLOCK, b);
     fetch_scales(p, group);
   });
 }
 
-// One row, 1 or 2 bits, in float32: four bits of codes choose one of sixteen sums of products.
+// One row, 1 or 2 bits, in float32: four bits of codes choose one of sixteen sums of products. One block at a time: two
+// streams of codes beside that of the tables took half as long again.
 template <int BITS>
 void by_sums(const Product& p) {
   each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
@@ -233,7 +238,7 @@ template <int BITS, Input INPUT>
 void multiply(const Product& p) {
 #if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
   switch (p.rows) {
-    case 1: return direct<BITS, INPUT, 1>(p);
+    case 1: return p.blocks == 2 ? direct<BITS, INPUT, 1, 2>(p) : direct<BITS, INPUT, 1>(p);
     case 2: return direct<BITS, INPUT, 2>(p);
     case 3: return direct<BITS, INPUT, 3>(p);
     case 4: return direct<BITS, INPUT, 4>(p);
@@ -254,11 +259,13 @@ void multiply_by(const Product& p) {
 }
 
 void add_offsets(const Product& p) {
-  for (int64_t row = 0; row < p.rows; ++row)
+  for (int64_t row = 0; row < p.rows * p.blocks; ++row)  // with two blocks there is one row of input
     for (int v = 0; v < VECTORS; ++v) {
+      const float* offsets = p.offsets + (p.blocks == 2 ? row * p.groups * BLOCK : 0) + v * 16;
+      const float* sums = p.sums + (p.blocks == 2 ? 0 : row * p.groups);
       Lanes total = load(p.totals + row * BLOCK + v * 16);
       for (int64_t group = 0; group < p.groups; ++group)
-        total = fma(load(p.offsets + group * BLOCK + v * 16), all(p.sums[row * p.groups + group]), total);
+        total = fma(load(offsets + group * BLOCK), all(sums[group]), total);
       store(p.totals + row * BLOCK + v * 16, total);
     }
 }

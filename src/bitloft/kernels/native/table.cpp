@@ -3,8 +3,10 @@
 
 #if defined(BL_HAS_avx512)
 #define BL_HAS_PAIRS true
+#define BL_TWO_BLOCKS true
 #else
 #define BL_HAS_PAIRS false
+#define BL_TWO_BLOCKS false
 #endif
 
 #define BL_NAME_(isa) #isa
@@ -36,6 +38,7 @@ namespace bl {
 const Kernels BL_TABLE(BL_ISA) = {
     .name = BL_NAME(BL_ISA),
     .pairs = BL_HAS_PAIRS,
+    .two_blocks = BL_TWO_BLOCKS,
     .gather = BL_ISA::gather,
     .arrange = BL_ISA::arrange,
     .turn_scales = BL_ISA::turn_scales,
