@@ -12,7 +12,7 @@ touch a stored byte; a tensor subclass would have had to intercept those casts o
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -71,11 +71,11 @@ class PackedTensor:
                     f"part {name!r} of a {fmt} tensor of shape {shape} must be {part.dtype} {part.shape}, "
                     f"found {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}."
                 )
-        return cls(fmt, shape, **parts)
+        return cls(fmt, shape, **dict(parts))  # type: ignore[arg-type]  # every part is a tensor
 
     def to(self, device: "torch.device | str") -> "PackedTensor":
         moved = {name: t.to(device) for name, t in self.tensors().items()}
-        return PackedTensor(self.format, self.shape, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]  # every part is a tensor
 
     @property
     def numel(self) -> int:
