@@ -87,7 +87,7 @@ def refine(
     work.mkdir(exist_ok=True)
     ids = sequences(source, plan, options)
     teacher = TeacherStates.ask(source, ids, work, progress)
-    model = load(directory)
+    model = load(directory, arrange=False)  # scales are replaced below, in the stored order
     precision = choose_precision("auto", model.device)
     held = [teacher.batch(range(i, i + BATCH)) for i in range(0, HELD, BATCH)]
     before = Student(model, {}, precision).measure(held)

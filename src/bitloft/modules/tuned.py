@@ -58,6 +58,7 @@ class TunedLinear(nn.Module):
     def settle(self) -> dict[str, Tensor]:
         """Round what was tuned into the layer's formats; the changed tensors by their names in the layer."""
         layer, packed = self.layer, {}
+        layer.restore()  # what is written below is in the stored order
         if self.a is not None and self.bt is not None and layer.start_format is not None:
             packed = {"a0": ops.encode(self.a, layer.start_format), "b0": ops.encode(self.bt, layer.start_format)}
         if self.gain is not None:
