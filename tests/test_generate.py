@@ -42,7 +42,12 @@ def test_the_native_decoder_answers_as_transformers(
     if decoder.reason(model) is None:
         steps: list[int] = []
         step = decoder.Decoder.step
-        monkeypatch.setattr(decoder.Decoder, "step", lambda *a: steps.append(len(a[1])) or step(*a))
+
+        def counted(run: Any, rows: Any, *rest: Any) -> Any:
+            steps.append(len(rows))
+            return step(run, rows, *rest)
+
+        monkeypatch.setattr(decoder.Decoder, "step", counted)
         native = generate(world.base, PROMPTS, adapters, names, options)
         assert steps[0] == len(PROMPTS)
         monkeypatch.setattr(decoder, "reason", lambda model: "none of its business")
