@@ -3,8 +3,8 @@
 Weights lie in turns in more memory than the last-level cache holds, as a model's do; ours are arranged (what
 ``bitloft.load`` does) and called through the torch operator. Pairs are interleaved, one call of ours and one of
 theirs, and the median of the ratios counts. One row: float32 and bfloat16 input, the worse counts, against
-bitsandbytes' path for inference (bfloat16, weights repacked for AVX-512); more rows: bfloat16 for all. The error is that
-of the output against the float32 definition, relative to its norm.
+bitsandbytes' path for inference (bfloat16, weights repacked for AVX-512); more rows: bfloat16 for all. The error is
+that of the output against the float32 definition, relative to its norm.
 
 Floor of a call: bytes of the weight over the read bandwidth of this run, or operations over the rate of torch's
 bfloat16 product, whichever is longer.
