@@ -14,7 +14,6 @@ from bitloft.kernels import cpu
 from bitloft.kernels.ops import encode, explain
 from tests.test_formats import FORMATS
 
-
 native = pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
 
 

@@ -71,11 +71,11 @@ class PackedTensor:
                     f"part {name!r} of a {fmt} tensor of shape {shape} must be {part.dtype} {part.shape}, "
                     f"found {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}."
                 )
-        return cls(fmt, shape, **parts)
+        return cls(fmt, shape, **parts)  # type: ignore[arg-type]  # every part is a tensor, `arranged` is none
 
     def to(self, device: "torch.device | str") -> "PackedTensor":
         moved = {name: t.to(device) for name, t in self.tensors().items()}
-        return PackedTensor(self.format, self.shape, **moved)
+        return PackedTensor(self.format, self.shape, **moved)  # type: ignore[arg-type]
 
     @property
     def numel(self) -> int:
