@@ -91,7 +91,7 @@ def test_shifts_follow_the_groups() -> None:
     for unshifted in ("lm2:64", "nf4:64", "sign:64", "book2:64"):
         moved = (decode(encode(x + centers, unshifted + "+shift")) - x - centers).square().mean()
         assert moved < 1.1 * (decode(encode(x, unshifted)) - x).square().mean(), unshifted
-        assert moved < 0.5 * (decode(encode(x + centers, plain)) - x - centers).square().mean()
+        assert moved < 0.5 * (decode(encode(x + centers, unshifted)) - x - centers).square().mean()
     y = decode(encode(x + centers, "uniform4:64+shift"))
     step = (x.view(64, 4, 64).amax(2) - x.view(64, 4, 64).amin(2)) / 15
     assert bool(((y - x - centers).view(64, 4, 64).abs().amax(2) <= step * 0.52 + 0.02).all())
