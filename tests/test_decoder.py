@@ -109,13 +109,13 @@ def test_rows_of_different_adapters(tmp_path: Path) -> None:
     paths = [
         f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     ]
-    for label, touched in (("one", paths[:4]), ("two", [*paths[2:], "lm_head"])):
+    for adapter, touched in (("one", paths[:4]), ("two", [*paths[2:], "lm_head"])):
         sizes = [(path, model.get_submodule(path)) for path in touched]
         pairs = [
             LoraPair(path, torch.randn(4, linear.in_features), torch.randn(linear.out_features, 4) * 0.05, 1.0)
             for path, linear in sizes
         ]
-        bank.attach(label, Adapter(tmp_path, {}, tuple(pairs), None, None))
+        bank.attach(adapter, Adapter(tmp_path, {}, tuple(pairs), None, None))
     run, names = Decoder(model, bank), ["two", None, "one", "two"]
     texts = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [8]]
     rows, logits = run.prefill(texts, names)

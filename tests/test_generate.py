@@ -43,9 +43,9 @@ def test_the_native_decoder_answers_as_transformers(
         steps: list[int] = []
         step = decoder.Decoder.step
 
-        def counted(self: decoder.Decoder, rows: Any, *rest: Any) -> Any:
+        def counted(run: Any, rows: Any, *rest: Any) -> Any:
             steps.append(len(rows))
-            return step(self, rows, *rest)
+            return step(run, rows, *rest)
 
         monkeypatch.setattr(decoder.Decoder, "step", counted)
         native = generate(world.base, PROMPTS, adapters, names, options)

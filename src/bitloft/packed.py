@@ -71,7 +71,7 @@ class PackedTensor:
                     f"part {name!r} of a {fmt} tensor of shape {shape} must be {part.dtype} {part.shape}, "
                     f"found {str(found.dtype).removeprefix('torch.')} {tuple(found.shape)}."
                 )
-        return cls(fmt, shape, **dict(parts))  # type: ignore[arg-type]  # every part is a tensor
+        return cls(fmt, shape, **parts)  # type: ignore[arg-type]  # every part is a tensor, `arranged` is none
 
     def to(self, device: "torch.device | str") -> "PackedTensor":
         moved = {name: t.to(device) for name, t in self.tensors().items()}

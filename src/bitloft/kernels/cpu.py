@@ -88,7 +88,7 @@ def explain() -> str:
     if isinstance(found, str):
         return f"plain torch definition ({found})"
     threads = "torch's OpenMP threads" if _torch_openmp() else "its own threads"
-    return f"native {isa()} on {threads}"
+    return f"native {isa()} on {threads}; codes of more than 4 bits and groups of odd widths are decoded first"
 
 
 def done(status: int) -> None:

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
-constexpr int64_t TASKS_PER_THREAD = 8;
+constexpr int64_t LONG_TASKS = 4, SHORT_TASKS = 8;  // per thread: long ones read long streams, short ones balance
 
 class Memory {
  public:
@@ -56,7 +56,8 @@ struct Part {
   int same;         // the first part whose prepared input serves this one too
   int64_t x_bytes;  // of one prepared row
   int64_t x, sums;  // where in the prepared input its rows and their sums begin
-  int64_t turns;    // blocks, or pairs of them
+  int64_t together;  // blocks at once: two hide the latency of sums at 4 bits; other widths lose by a second stream
+  int64_t turns;     // blocks, or pairs of them
 };
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -90,13 +91,13 @@ bool same_input(const Part& a, const Part& b) {
 class Call {
  public:
   Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count)
-      : table_(table), x_(x), row_(row), rows_(rows), together_(rows == 1 && table.two_blocks ? 2 : 1), parts_(parts),
-        count_(count) {
+      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count) {
     for (int64_t i = 0; i < count; ++i) {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      part.turns = (part.blocks + together_ - 1) / together_;
+      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 ? 2 : 1;
+      part.turns = (part.blocks + part.together - 1) / part.together;
       turns_ += part.turns;
       if (part.same != i) {
         part.x = parts[part.same].x, part.sums = parts[part.same].sums;
@@ -112,7 +113,7 @@ class Call {
     int64_t work = 0;
     for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
     if (work < 2 * WORTH_A_THREAD) threads = 1;
-    const int64_t most = threads * TASKS_PER_THREAD;
+    const int64_t most = threads * (rows_ == 1 ? LONG_TASKS : SHORT_TASKS);
     const int64_t per_task = (turns_ + most - 1) / most, tasks = (turns_ + per_task - 1) / per_task;
     char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
     Stage prepared, multiplied;
@@ -154,12 +155,11 @@ class Call {
     int64_t i = 0;
     while (turn >= parts_[i].turns) turn -= parts_[i++].turns;
     const Part& part = parts_[i];
-    const int64_t first = turn * together_, row = first * BLOCK;
-    const bool two = together_ == 2 && first + 1 < part.blocks;
+    const int64_t first = turn * part.together, row = first * BLOCK;
+    const bool two = part.together == 2 && first + 1 < part.blocks;
     const bool whole = row + (two ? 2 : 1) * BLOCK <= part.matrix->rows;
-    const bool apart = part.input == Input::SUMS || (part.arranged && !whole);  // a tail is in another order
-    if (!two || !apart) return multiply(part, row, two ? 2 : 1, input);
-    multiply(part, row, 1, input);
+    if (!two || whole || !part.arranged) return multiply(part, row, two ? 2 : 1, input);
+    multiply(part, row, 1, input);  // the second is the tail, in another order than the first
     multiply(part, row + BLOCK, 1, input);
   }
 
@@ -232,7 +232,7 @@ class Call {
 
   const Kernels& table_;
   const bl_input& x_;
-  const int64_t row_, rows_, together_;
+  const int64_t row_, rows_;
   Part* parts_;
   const int64_t count_;
   int64_t turns_ = 0, bytes_ = 0;

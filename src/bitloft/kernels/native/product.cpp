@@ -151,8 +151,7 @@ UNROLL(2)
   });
 }
 
-// One row, 1 or 2 bits, in float32: four bits of codes choose one of sixteen sums of products. One block at a time: two
-// streams of codes beside that of the tables took half as long again.
+// One row, 1 or 2 bits, in float32: four bits of codes choose one of sixteen sums of products.
 template <int BITS>
 void by_sums(const Product& p) {
   each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
@@ -238,7 +237,10 @@ template <int BITS, Input INPUT>
 void multiply(const Product& p) {
 #if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
   switch (p.rows) {
-    case 1: return p.blocks == 2 ? direct<BITS, INPUT, 1, 2>(p) : direct<BITS, INPUT, 1>(p);
+    case 1:
+      if constexpr (BITS == 4)
+        if (p.blocks == 2) return direct<BITS, INPUT, 1, 2>(p);
+      return direct<BITS, INPUT, 1>(p);
     case 2: return direct<BITS, INPUT, 2>(p);
     case 3: return direct<BITS, INPUT, 3>(p);
     case 4: return direct<BITS, INPUT, 4>(p);

@@ -1,5 +1,5 @@
-// One block of packed_linear: sixty-four rows of a packed matrix times some rows of the input. With one row of input two
-// blocks run beside each other: the sums of one alone would wait for their own latency.
+// One block of packed_linear: sixty-four rows of a packed matrix times some rows of the input. With one row of input and
+// 4 bits two blocks run beside each other: the sums of one alone would wait for their own latency.
 //
 // Codes of the sixty-four rows are interleaved in words of 32 bits, [units][words][64]: a unit is what fills whole words,
 //
@@ -56,7 +56,7 @@ struct Product {
   int bits;
   Input input;
   int64_t rows;          // of the input
-  int64_t blocks;        // 1, or 2 with one row of SINGLE or PAIRS: all that is said of a block follows a second time
+  int64_t blocks;        // 1, or 2 with one row and 4 bits: all that is said of a block follows a second time
   int64_t groups;        // that have a scale of their own; 1 for a scale a row, or none
   int64_t group_units;
   const uint32_t* codes;
