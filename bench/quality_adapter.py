@@ -10,7 +10,6 @@ Folders: --smollm2, --minilm, --shared, --work (or BITLOFT_SMOLLM2, BITLOFT_MINI
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -67,25 +66,9 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
-    folders = {
-        "smollm2": "folder of the model",
-        "minilm": "folder of the model",
-        "shared": "folder of data and public adapters",
-        "work": "where bases and adapters are kept",
-    }
-    for name, text in folders.items():
-        variable = f"BITLOFT_{'GRID' if name == 'work' else name.upper()}"
-        value = os.environ.get(variable)
-        parser.add_argument(f"--{name}", type=Path, default=value and Path(value), help=f"{text} (default: {variable})")
+    parser = harness.grid_parser(__doc__)
     parser.add_argument("--bases", default=",".join(BASES), help="formats to quantize to, or NAME=DIR, by commas")
-    parser.add_argument("--hours", type=float, default=1e6, help="begin no cell after so many hours")
-    parser.add_argument("--report", action="store_true", help="measure nothing: figures from the cells that exist")
-    parser.add_argument("--verify", type=int, default=0, help="measure so many finished cells anew and compare")
-    given = parser.parse_args()
-    if given.mode != "smoke" and not given.report and None in (given.smollm2, given.shared):
-        parser.error("--smollm2 and --shared are needed (or BITLOFT_SMOLLM2, BITLOFT_SHARED)")
-    return given
+    return harness.grid_arguments(parser)
 
 
 def opened(given: argparse.Namespace, place: Path, cells: harness.Cells) -> Work:

@@ -11,7 +11,6 @@ Folders: --smollm2, --minilm, --shared, --work (or BITLOFT_SMOLLM2, BITLOFT_MINI
 """
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -38,29 +37,13 @@ SAME = 1e-3  # nats by which a cell measured anew may differ: threads and load l
 
 
 def main() -> int:
-    given = arguments()
+    given = harness.grid_arguments(harness.grid_parser(__doc__))
     harness.begin(given)
     cells = harness.RESULTS / "cells" / f"quality_base-{given.mode}.jsonl"
     if given.mode == "smoke" or given.work is None:
         with tempfile.TemporaryDirectory() as place:
             return run(given, Path(place), harness.Cells(None if given.mode == "smoke" else cells))
     return run(given, given.work, harness.Cells(cells))
-
-
-def arguments() -> argparse.Namespace:
-    parser = harness.parser(__doc__)
-    for name, text in (("smollm2", "folder of the model"), ("minilm", "folder of the model"),
-                       ("shared", "folder of the data"), ("work", "where bases are kept")):  # fmt: skip
-        variable = f"BITLOFT_{'GRID' if name == 'work' else name.upper()}"
-        value = os.environ.get(variable)
-        parser.add_argument(f"--{name}", type=Path, default=value and Path(value), help=f"{text} (default: {variable})")
-    parser.add_argument("--hours", type=float, default=1e6, help="begin no cell after so many hours")
-    parser.add_argument("--report", action="store_true", help="measure nothing: figures from the cells that exist")
-    parser.add_argument("--verify", type=int, default=0, help="measure so many finished cells anew and compare")
-    given = parser.parse_args()
-    if given.mode != "smoke" and not given.report and None in (given.smollm2, given.shared):
-        parser.error("--smollm2 and --shared are needed (or BITLOFT_SMOLLM2, BITLOFT_SHARED)")
-    return given
 
 
 def run(given: argparse.Namespace, place: Path, cells: harness.Cells) -> int:

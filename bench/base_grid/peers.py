@@ -2,7 +2,7 @@
 
 AutoRound (Intel, 0.16.1 when this was written) gets our calibration text in sequences of 512 tokens and 200 iterations;
 what it leaves is a dense model that lies on its grid, which a LoRA is trained on like on any other. GPTQModel (7.7.0)
-comes as source only and wants a CUDA toolkit to build: it is not part of the grid.
+comes as source only; building it was not tried, so it is not part of the grid.
 """
 
 import os

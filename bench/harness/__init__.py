@@ -145,3 +145,31 @@ class Cells:
                 with self.path.open("a", encoding="utf-8") as stream:
                     stream.write("\n" * cut + json.dumps(self._known[name]) + "\n")
         return self._known[name]
+
+
+def grid_parser(text: str | None) -> argparse.ArgumentParser:
+    """The flags of a bench that takes hours: folders (or their variables), a deadline, --report and --verify."""
+    made = parser(text)
+    folders = {
+        "smollm2": "folder of the model",
+        "minilm": "folder of the model",
+        "shared": "folder of data and public adapters",
+        "work": "where bases and adapters are kept",
+    }
+    for name, meaning in folders.items():
+        variable = f"BITLOFT_{'GRID' if name == 'work' else name.upper()}"
+        value = os.environ.get(variable)
+        said = f"{meaning} (default: {variable})"
+        made.add_argument(f"--{name}", type=Path, default=value and Path(value), help=said)
+    made.add_argument("--hours", type=float, default=1e6, help="begin no cell after so many hours")
+    made.add_argument("--report", action="store_true", help="measure nothing: figures from the cells that exist")
+    made.add_argument("--verify", type=int, default=0, help="measure so many finished cells anew and compare")
+    return made
+
+
+def grid_arguments(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given to a ``grid_parser``; ends with exit code 2 where a run would lack a folder."""
+    given = made.parse_args()
+    if given.mode != "smoke" and not given.report and None in (given.smollm2, given.shared):
+        made.error("--smollm2 and --shared are needed (or BITLOFT_SMOLLM2, BITLOFT_SHARED)")
+    return given

@@ -5,8 +5,8 @@
 An error D of an adapter's product moves the loss by about g_t . D x_t at a token; with D's direction unknown its mean
 square is tr(D S D^T) up to a factor, so S is divided by its mean diagonal and the plain norm goes on deciding between
 modules. The weights are not optional: a plain mean of x x^T is ruled by the few huge activations at the first token,
-which the loss hardly sees. On SmolLM2 this shape took a third off what half a bit costs; the factor between modules,
-taken alone into the budget, made it worse (docs/decisions.md).
+which the loss hardly sees. On the one adapter that was tried this shape helped at half a bit, and the factor between
+modules, taken alone into the budget, made it worse (docs/decisions.md).
 
 Memory: one [in, in] matrix a module.
 """
