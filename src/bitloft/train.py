@@ -8,7 +8,6 @@ Checkpoints live in ``OUT.work`` beside ``OUT`` until the run is complete, toget
 run is resumed with the same settings, base and data, or not at all.
 """
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -18,23 +17,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel
 
 from bitloft.checkpoint import read_json, sha256, write_json, writing
 from bitloft.errors import CheckpointError
 from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
 from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
-from bitloft.integrations.trainer import Progress, SafeTrainer, last_checkpoint, step_of
+from bitloft.integrations.trainer import Progress, last_checkpoint, make_trainer, step_of
 from bitloft.options import TrainOptions
-from bitloft.tasks.lm import Collator, DataReport, Example, check_length, encode_rows, target_losses
+from bitloft.tasks.lm import Collator, DataReport, check_length, encode_rows, target_losses
 from bitloft.tasks.precision import Precision, choose_precision
 from bitloft.tasks.rows import read_rows
 
 REPORT = "train_report.json"
 SETTINGS = "settings.json"
 RANK = 16
-SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # settings that may change between a run and its continuation: they do not change what is computed
 FREE = ("resume", "save_every", "log_every")
 
@@ -94,7 +91,16 @@ def train(
     wanted = _identity(options, record, Path(data), precision)
     resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite)
     shown = Progress(progress)
-    trainer = _trainer(adapted, examples, Collator.for_tokenizer(tokenizer), options, precision, work, shown)
+    trainer = make_trainer(
+        adapted,
+        examples,
+        Collator.for_tokenizer(tokenizer),
+        lambda model, batch: target_losses(model, batch)[0],
+        options,
+        bf16=precision.dtype == torch.bfloat16,
+        work=work,
+        shown=shown,
+    )
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     seconds = time.perf_counter() - began
@@ -174,50 +180,3 @@ def _settle(work: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool
     work.mkdir(parents=True)
     write_json(work / SETTINGS, wanted)
     return None
-
-
-def _trainer(
-    model: PeftModel,
-    examples: list[Example],
-    collate: Collator,
-    options: TrainOptions,
-    precision: Precision,
-    work: Path,
-    shown: Progress,
-) -> SafeTrainer:
-    """The Trainer for these options; AdamW without weight decay, gradients clipped at norm 1."""
-    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
-    steps = options.steps or math.ceil(options.epochs * per_epoch)
-    settings = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=options.accumulate,
-        max_steps=steps,
-        learning_rate=options.lr,
-        lr_scheduler_type=SCHEDULERS[options.schedule],
-        warmup_steps=int(options.warmup * steps),
-        bf16=precision.dtype == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if options.save_every else "no",
-        save_steps=options.save_every or 1,
-        seed=options.seed,
-        data_seed=options.seed,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = SafeTrainer(
-        losses=lambda adapted, batch: target_losses(adapted, batch)[0],
-        model=model,
-        args=settings,
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=[shown],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer

@@ -90,10 +90,11 @@ def fresh_adapter(
     dropout: float = 0.0,
     targets: tuple[str, ...] = (),
     seed: int = 0,
+    pooled: int | None = None,
 ) -> PeftModel:
     """A trainable LoRA (B = 0) on the linears whose path, or its end after a dot, matches one of ``targets``.
 
-    Without targets: all but the output head. ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora) is the scaling.
+    Without targets: all but the output head. ``pooled``: QA-LoRA's, whose A reads sums over groups of so many inputs. ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora) is the scaling.
     Raises OptionError for a pattern that matches nothing and for a rank that a matrix cannot have.
     """
     register()
@@ -109,6 +110,7 @@ def fresh_adapter(
         lora_dropout=dropout,
         target_modules=_short(model, set(names)),
         task_type=_task(model),
+        **({} if pooled is None else {"use_qalora": True, "qalora_group_size": pooled}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from bitloft.checkpoint import read_json, read_tensors, write_json, write_tensors
 from bitloft.errors import BitloftError, CheckpointError
+from bitloft.options import TrainOptions
 
 COMPLETE = "complete.json"
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZER, SCHEDULER, RANDOM, ADAPTER = "optimizer", "scheduler.json", "random", "adapter.safetensors"
 Loss = Callable[[Any, dict[str, Tensor]], Tensor]
 
@@ -34,11 +37,13 @@ class SafeTrainer(Trainer):
     by its number of targets, however the step is split into batches.
     """
 
-    def __init__(self, *, losses: Loss, **kwargs: Any) -> None:
+    def __init__(self, *, losses: Loss, shifted: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._losses = losses
-        # count the targets of an optimizer step for us, without each row's first label: nothing predicts it
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        # count the targets of an optimizer step for us; ``shifted``: without each row's first label, which a causal
+        # model does not predict
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = shifted
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -130,6 +135,63 @@ class SafeTrainer(Trainer):
             write_json(done / COMPLETE, {"step": self.state.global_step})
             for older in set(done.parent.glob("checkpoint-*")) - {done}:  # only now: the newest is whole
                 shutil.rmtree(older)
+
+
+def make_trainer(
+    model: nn.Module,
+    examples: Sequence[Any],
+    collate: Callable[[Any], dict[str, Tensor]],
+    losses: Loss,
+    options: TrainOptions,
+    *,
+    bf16: bool,
+    work: Path,
+    shown: "Progress",
+    shifted: bool = True,
+    by_length: bool = False,
+) -> SafeTrainer:
+    """The Trainer for these options: AdamW, gradients clipped at norm 1; checkpoints go to ``work``.
+
+    ``by_length`` batches examples (mappings with input_ids) of about one length: a third of the padding of short rows.
+    """
+    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
+    steps = options.steps or math.ceil(options.epochs * per_epoch)
+    settings = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        max_steps=steps,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        lr_scheduler_type=SCHEDULERS[options.schedule],
+        warmup_steps=int(options.warmup * steps),
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 1,
+        seed=options.seed,
+        data_seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        train_sampling_strategy="group_by_length" if by_length else "random",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = SafeTrainer(
+        losses=losses,
+        shifted=shifted,
+        model=model,
+        args=settings,
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[shown],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _cuda() -> bool:

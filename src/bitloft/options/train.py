@@ -30,6 +30,7 @@ class TrainOptions:
     steps: int | None = option(None, "optimizer steps, instead of epochs")
     lr: float = option(5e-4, "peak learning rate")
     schedule: str = option("cosine", "learning rate after the warm-up: cosine, linear (both to zero) or constant")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
     batch: int = option(4, "sequences in a batch")
     accumulate: int = option(1, "batches in an optimizer step")
@@ -49,6 +50,7 @@ class TrainOptions:
         require_positive(self, "rank", "alpha", "epochs", "steps", "lr", "batch", "accumulate", "log_every")
         require(self.length >= 2, f"length is {self.length}; use 2 or more.")
         require(self.save_every >= 0, f"save_every is {self.save_every}; use 0 (no checkpoints) or more.")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; use 0 or more.")
         for name in ("dropout", "warmup"):
             share = getattr(self, name)
             require(0 <= share < 1, f"{name} is {share}; use a share from 0 to below 1.")
