@@ -1,9 +1,9 @@
 """The 18 claims of LoftQ and LoRAQuant, and what MiniLM must show: numbers, and holds, ties or fails.
 
 bench/claims.toml says of each claim which model, metric, margin and rule decide it; it was committed before the first
-run. Cells are kept in bench/results/cells/claims-*.jsonl, one trained model, one probe or one task row each; a run goes
-on where the last one stopped. ``--report`` only reads them, ``--verify N`` measures N of them anew, ``--write`` puts the
-tables between the markers of docs/benchmarks.md (nobody edits them by hand). ``--quick`` is the claims that need no
+run. Cells are kept in bench/results/cells/claims-*.jsonl, one trained model or one probe each; a run goes on where the
+last one stopped. ``--report`` only reads them, ``--verify N`` measures N of them anew, ``--write`` puts the tables
+between the markers of docs/benchmarks.md (nobody edits them by hand). ``--quick`` is the claims that need no
 training and two seeds of g2p; ``--smoke`` runs three claims on random models. ``decided`` counts claims that hold or
 fail, never those that tie or whose cells are missing: ``not_measured`` names them.
 
@@ -19,6 +19,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def main() -> int:
     parser = harness.grid_parser(__doc__)
     parser.add_argument("--only", default="", help="models and probes to measure, by commas (default: all, in order)")
     parser.add_argument("--seeds", type=int, default=None, help="measure the first so many seeds of each model only")
+    parser.add_argument("--skip", default="", help="rows to leave out, by commas")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     given = harness.grid_arguments(parser)
     harness.begin(given)
@@ -69,6 +71,8 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
     work, differing = Work(place, cells, recipes), list[str]()
     chosen = [name for name in given.only.split(",") if name] or [*recipes, *PROBES]
     steps = list(planned(work, [name for name in chosen if name in recipes or name in PROBES]))
+    skipped = given.skip.split(",")
+    steps = [(key, make) for key, make in steps if key["row"] not in skipped]
     if not given.report:
         if given.verify:
             differing = verify(work, steps, given.verify)
@@ -78,7 +82,11 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
     show(found)
     if given.write:
         put(PAGE, page(found, sum(1 for _ in cells)))
-    shape = {"cells": sum(1 for _ in cells), "planned": len(steps), "seeds": {n: len(r.seeds) for n, r in recipes.items()}}
+    shape = {
+        "cells": sum(1 for _ in cells),
+        "planned": len(steps),
+        "seeds": {n: len(r.seeds) for n, r in recipes.items()},
+    }
     keys = ("decided", "holds", "ties", "fails", "not_measured", "shows", "claims")
     result = {key: found[key] for key in keys}
     harness.finish("claims", given, shape, result | ({"differing": differing} if given.verify else {}))
@@ -86,9 +94,9 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
 
 
 def planned(work: Work, names: list[str]) -> Iterator[Step]:
-    """Every cell's key and how it is measured: seed by seed over all models, then the probes, which use their adapters."""
-    trained = [
-        (seed, order, key, lambda m=name, r=row, s=seed: work.measure(m, r, s))
+    """Every cell's key and how it is measured: all models seed by seed, then the probes, which use their adapters."""
+    trained: list[tuple[int, int, dict[str, Any], Callable[[], dict[str, Any]]]] = [
+        (seed, order, key, partial(work.measure, name, row, seed))
         for order, name in enumerate(names)
         if name in work.recipes
         for key, row, seed in work.trained(name)
@@ -98,7 +106,11 @@ def planned(work: Work, names: list[str]) -> Iterator[Step]:
     for name in names:
         if name in PROBES:
             for row, seed, probe in PROBES[name](work):
-                yield {"model": name, "row": row, "seed": seed}, lambda p=probe: {"metrics": p()} | about()
+                yield {"model": name, "row": row, "seed": seed}, partial(_probed, probe)
+
+
+def _probed(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {"metrics": probe()} | about()
 
 
 def measure(work: Work, steps: list[Step], hours: float) -> None:
@@ -129,8 +141,8 @@ def verify(work: Work, steps: list[Step], count: int) -> list[str]:
 
 def _apart(one: Any, other: Any) -> float:
     if isinstance(one, dict):
-        return max(abs(one[key] - other[key]) / max(1.0, abs(one[key])) for key in one)
-    return abs(one - other) / max(1.0, abs(one))
+        return max(_apart(one[key], other[key]) for key in one)
+    return abs(float(one) - float(other)) / max(1.0, abs(float(one)))
 
 
 def toy(place: Path) -> tuple[dict[str, Any], str]:

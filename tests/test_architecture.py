@@ -37,14 +37,17 @@ LAYERS = (
     ("tasks", "report", "card", "roofline"),
     ("calibrate",),
     ("ground",),
-    ("train", "compress", "evaluate", "inspection", "generate", "plan", "sweep", "starts", "rebase", "sensitivity"),
+    ("train", "compress", "evaluate", "inspection", "generate", "plan", "starts", "rebase", "sensitivity"),
     ("widths", "bulk"),
     ("quantize",),
     ("merge", "convert"),
+    ("regimes",),
+    ("tune", "sweep"),
+    ("judge",),
     ("serve",),
     ("terminal",),
     ("console",),
-    ("console_adapter", "console_convert"),
+    ("console_adapter", "console_convert", "console_tasks"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -61,6 +64,8 @@ KNOWS_TRANSFORMERS = (
         "merge",
         "convert",
         "generate",
+        "regimes",
+        "tune",
     ),
     "serve",
 )

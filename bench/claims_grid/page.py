@@ -76,14 +76,18 @@ def _rows(claim: Mapping[str, Any]) -> list[list[object]]:
 
 def page(found: Mapping[str, Any], cells: int) -> str:
     """Markdown between the markers."""
-    counts = ", ".join(f"{found[name]} {word}" for name, word in (("holds", "hold"), ("ties", "tie"), ("fails", "fail")))
+    counts = ", ".join(
+        f"{found[name]} {word}" for name, word in (("holds", "hold"), ("ties", "tie"), ("fails", "fail"))
+    )
     missing = found["not_measured"]
     counts += f"; not measured: {', '.join(map(str, missing))}" if missing else ""
     lines = [f"{found['decided']} of {len(found['claims'])} claims decided: {counts} ({cells} cells).", ""]
     lines += ["| claim | | part | difference | pairs | |", "|---|---|---|---:|---:|---|"]
     for claim in [*found["claims"], *found["shows"]]:
         lines.append(f"| {claim['number']} | **{claim['outcome']}** | {claim['says']} | | | |")
-        lines += [f"| | | {part['asks']} | {_value(part)} | {part['pairs']} | {part['outcome']} |" for part in claim["parts"]]
+        lines += [
+            f"| | | {part['asks']} | {_value(part)} | {part['pairs']} | {part['outcome']} |" for part in claim["parts"]
+        ]
     return "\n".join(lines)
 
 

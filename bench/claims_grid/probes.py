@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,18 @@ def weights(work: Work) -> Found:
     """|W - Q - s B A| / |W| of every matrix of two models, QLoRA's and LoftQ's with one step."""
     for width in WIDTHS:
         for name, settings in (("qlora", {"rank": 1}), ("loftq", {"rank": 16 if "minilm" in work.recipes else 4})):
-            yield f"{name} {width}", 0, lambda n=name, w=width, s=settings: {"error": _errors(work, n, w, s)}
+            yield f"{name} {width}", 0, partial(_errors, work, name, width, settings)
 
 
-def _errors(work: Work, regime: str, width: str, settings: dict[str, Any]) -> dict[str, float]:
-    found = {}
+def _errors(work: Work, regime: str, width: str, settings: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, float] = {}
     for model in [name for name in ("g2p", "minilm") if name in work.recipes]:
         rank = settings["rank"] if model == "minilm" else min(settings["rank"], 8)
         row = Row(regime, f"{width}:64", rank=rank, quantize={"steps": 1} if regime == "loftq" else {})
         report = read_json(work.bench(model).base(row) / "bitloft_report.json")
         side = "error_after" if regime == "loftq" else "error_before"
         found |= {f"{model} {m['name']}": m[side] for m in report["matrices"]}
-    return found
+    return {"error": found}
 
 
 def outputs(work: Work) -> Found:
@@ -62,19 +63,19 @@ def outputs(work: Work) -> Found:
             row = Row(
                 "calibrated", f"{width}:64", rank=8, start="frozen", untrained=True, quantize=plain | {"metric": metric}
             )
-            yield f"{metric} {width}", 0, lambda r=row: {"rows": _untrained(work, r)}
+            yield f"{metric} {width}", 0, partial(_untrained, work, row)
 
 
-def _untrained(work: Work, row: Row) -> dict[str, float]:
+def _untrained(work: Work, row: Row) -> dict[str, Any]:
     bench = work.bench("g2p")
-    return row_losses(bench, opened(bench.base(row), row, 0))
+    return {"rows": row_losses(bench, opened(bench.base(row), row, 0))}
 
 
 def adapters(work: Work) -> Found:
     """Loss, product error and true bits (codes, scales and zero points; no header) of packed adapters, by method."""
     for seed in work.recipes["g2p"].seeds:
         for name in METHODS:
-            yield name, seed, lambda s=seed, n=name: _judged(work, s, n)
+            yield name, seed, partial(_judged, work, seed, name)
 
 
 METHODS: dict[str, Callable[[Components, Trained], Blocks] | None] = {
@@ -126,17 +127,17 @@ def ranges(work: Work) -> Found:
     """The share of the squared error of the leading components that searching their ranges removes, per adapter."""
     for seed in work.recipes["g2p"].seeds:
         for bits in (2, 3):
-            yield f"{bits} bits", seed, lambda s=seed, b=bits: {"share": _share(work, s, b)}
+            yield f"{bits} bits", seed, partial(_share, work, seed, bits)
         yield "nothing", seed, lambda: {"share": 0.0}
 
 
-def _share(work: Work, seed: int, bits: int) -> float:
+def _share(work: Work, seed: int, bits: int) -> dict[str, Any]:
     lost = {True: 0.0, False: 0.0}
     for a, b in _pairs(read_tensors(work.kept("g2p", "qlora nf2", seed))).values():
         exact = components(a, b, 1.0)
         for refine in lost:
             lost[refine] += product_error(exact, list(loraquant(exact, high=bits, ratio=1.0, refine=refine)))
-    return 1 - lost[True] / lost[False]
+    return {"share": 1 - lost[True] / lost[False]}
 
 
 def bits(work: Work) -> Found:
@@ -144,19 +145,15 @@ def bits(work: Work) -> Found:
     for seed in range(3):
         for name, steep in (("flat", 0.0), ("steep", -1.0)):
             for high, ratio in ((2, 0.8), (3, 0.9)):
-                yield (
-                    f"{name} {high}@{ratio}",
-                    seed,
-                    lambda s=seed, d=steep, h=high, r=ratio: {"bits": _bits(s, d, h, r)},
-                )
+                yield f"{name} {high}@{ratio}", seed, partial(_bits, seed, steep, high, ratio)
 
 
-def _bits(seed: int, decay: float, high: int, ratio: float) -> float:
+def _bits(seed: int, decay: float, high: int, ratio: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(16, 4096, generator=generator) * torch.logspace(0, decay, 16)[:, None]
     b = torch.randn(4096, 16, generator=generator)
     blocks = loraquant(components(a, b, 1.0), high=high, ratio=ratio)
-    return 8 * sum(map(block_bytes, blocks)) / (a.numel() + b.numel())
+    return {"bits": 8 * sum(map(block_bytes, blocks)) / (a.numel() + b.numel())}
 
 
 def sizes(work: Work) -> Found:
@@ -164,12 +161,12 @@ def sizes(work: Work) -> Found:
     import sizes as table
 
     for name, spelling in (("2 bits", "nf2:64"), ("4 bits", "nf4:64")):
-        yield name, 0, lambda s=spelling: {"per cent": _paper_like(table, s)}
+        yield name, 0, partial(_paper_like, table, spelling)
 
 
-def _paper_like(table: Any, spelling: str) -> float:
+def _paper_like(table: Any, spelling: str) -> dict[str, Any]:
     rows = table.measure("llama-2-7b")["settings"]
-    return float(next(row["paper_like"] for row in rows if row["format"] == spelling))
+    return {"per cent": next(row["paper_like"] for row in rows if row["format"] == spelling)}
 
 
 def memory(work: Work) -> Found:
@@ -183,7 +180,7 @@ def memory(work: Work) -> Found:
         return {"ratio" if name == "four over one" else "MB": round(found[name], 4)}
 
     for name in ("float", "2@0.8 on disk", "2@0.8 resident", "four over one"):
-        yield name, 0, lambda n=name: once(n)
+        yield name, 0, partial(once, name)
 
 
 def _memory() -> dict[str, float]:

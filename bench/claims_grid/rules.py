@@ -45,7 +45,9 @@ def decide(part: Mapping[str, Any], series: Series) -> Verdict:
     value, stderr = mean(differences), stderr_of(differences)
     if stderr is None:  # one pair has no spread: nothing is decided
         return Verdict(part, MISSING, value, None, len(shared), rows)
-    return Verdict(part, _outcome(kind, value, 2 * stderr, float(part.get("margin", 0.0))), value, stderr, len(shared), rows)
+    return Verdict(
+        part, _outcome(kind, value, 2 * stderr, float(part.get("margin", 0.0))), value, stderr, len(shared), rows
+    )
 
 
 def _outcome(kind: str, value: float, twice: float, margin: float) -> str:

@@ -56,9 +56,10 @@ class Work:
         """One trained (or untrained) cell."""
         bench = self.bench(model)
         if row.untrained:
-            found = row_losses(bench, opened(bench.base(row), row, seed))
-            return {"metrics": {"rows": found}} | about()
+            losses = row_losses(bench, opened(bench.base(row), row, seed))
+            return {"metrics": {"rows": losses}} | about()
         keep = self.kept(model, row.label, seed) if row.label in KEPT and model == "g2p" else None
+        found: dict[str, Any]
         with svd_first() if row.label == SVD_FIRST else nullcontext():
             found = bench.run(row, seed, keep=keep)
         metrics = {score["name"]: round(score["value"], 6) for score in found.pop("scores")}
@@ -86,7 +87,8 @@ def svd_first() -> AbstractContextManager[Any]:
     def solve(
         weight: Tensor, fmt: Any, *, rank: int, scaling: float, start_format: Any, steps: int, generator: Any
     ) -> Solution:
-        best, rest = None, weight
+        best: Solution | None = None
+        rest = weight
         before = ratio(residual(weight, encode(weight, fmt)), norm(weight))
         for _ in range(steps):
             u, s, vt = truncated_svd(rest, rank, generator)

@@ -22,6 +22,9 @@ _PUBLIC = {
     "merge": "bitloft.merge",
     "convert": "bitloft.convert",
     "evaluate": "bitloft.evaluate",
+    "judge": "bitloft.judge",
+    "tune": "bitloft.tune",
+    "sweep": "bitloft.sweep",
     "start_for": "bitloft.starts",
     "load": "bitloft.integrations.transformers",
     "register": "bitloft.integrations",
@@ -34,13 +37,16 @@ __all__ = [
     "convert",
     "evaluate",
     "expand",
+    "judge",
     "load",
     "merge",
     "quantize",
     "rebase",
     "register",
     "start_for",
+    "sweep",
     "train",
+    "tune",
 ]
 
 if TYPE_CHECKING:
@@ -50,12 +56,15 @@ if TYPE_CHECKING:
     from bitloft.formats import Format
     from bitloft.integrations import register
     from bitloft.integrations.transformers import load
+    from bitloft.judge import judge
     from bitloft.merge import merge
     from bitloft.packed import PackedTensor
     from bitloft.quantize import quantize
     from bitloft.rebase import rebase
     from bitloft.starts import start_for
+    from bitloft.sweep import sweep
     from bitloft.train import train
+    from bitloft.tune import tune
 
 
 class _Package(ModuleType):

@@ -12,11 +12,9 @@ import typer
 
 from bitloft.errors import OptionError
 from bitloft.options import (
-    EvalOptions,
     GenerateOptions,
     QuantizeOptions,
     ServeOptions,
-    TrainOptions,
 )
 from bitloft.report import size
 from bitloft.terminal import emit, progress, show, table
@@ -105,64 +103,10 @@ def _reasons(left: Mapping[str, str]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "nothing"
 
 
-def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Overwrite = False) -> None:
-    """Fine-tune a LoRA adapter on a packed base."""
-    from bitloft.train import train as verb
-
-    with progress("training") as step:
-        report = verb(base, data, out, options, overwrite=overwrite, progress=step)
-    show(
-        f"adapter {out}",
-        {
-            "loss": f"{report.first_loss:.4f} -> {report.last_loss:.4f} in {report.steps} steps",
-            "adapter": f"rank {report.rank}, {report.parameters:,} values, start {report.start}",
-            "data": data_counts(report.data),
-            "computed in": f"{report.dtype} ({report.dtype_why})",
-            "resumed from": "the beginning" if report.resumed_from is None else f"step {report.resumed_from}",
-            "time": f"{report.seconds:.1f} s, {report.seconds_per_step:.2f} s a step",
-        },
-    )
-
-
 def data_counts(report: Any) -> str:
     """Counts of a DataReport, and what the user must be told about the rows."""
     counts = f"{report.rows:,} rows, {report.examples:,} sequences, {report.target_tokens:,} target tokens"
     return " ".join([counts + ".", *report.sentences()])
-
-
-def evaluate(
-    base: Base,
-    data: Data,
-    options: EvalOptions,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="plain or packed adapter to put on the base")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-) -> None:
-    """Measure held-out loss and perplexity, with their standard errors."""
-    from bitloft.evaluate import evaluate as verb
-
-    with progress("evaluating") as step:
-        report = verb(base, data, adapter, options, progress=step)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict()))
-        return
-    show(
-        f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""),
-        {
-            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
-            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
-            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
-            "data": data_counts(report.data),
-            "computed in": report.dtype,
-            "time": f"{report.seconds:.1f} s",
-        }
-        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
-    )
-
-
-def _error(value: float | None) -> str:
-    return "unknown (one document)" if value is None else f"{value:.4g}"
 
 
 def generate(
@@ -262,8 +206,6 @@ def _standings() -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
-    "train": train,
-    "eval": evaluate,
     "generate": generate,
     "serve": serve,
     "inspect": inspect,

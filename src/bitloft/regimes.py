@@ -61,7 +61,7 @@ class Bench:
 
     @classmethod
     def open(cls, recipe: Recipe, work: Path) -> "Bench":
-        """Read the data and make the dense model ready. Raises DataError, OptionError and CheckpointError as they do."""
+        """Read the data and make the dense model ready; what they raise passes through."""
         found = open_source(recipe.model)
         task = find_task(recipe.task, found.config())
         source = dense_source(Path(found.folder), task, work)
@@ -93,7 +93,7 @@ class Bench:
         if row.format is None:
             return self.source
         options = row.options
-        if options.solver == "calibrated" and options.metric != "none" or options.refine:
+        if (options.solver == "calibrated" and options.metric != "none") or options.refine:
             options = replace(options, calibrate=str(self.calibration()))
         name = hashlib.sha256(json.dumps([str(self.source.resolve()), asdict(options)]).encode()).hexdigest()[:12]
         out = self.work / "bases" / f"{row.regime}-{row.format.replace(':', '_')}-{name}"
@@ -117,7 +117,7 @@ class Bench:
         model = opened(base, row, seed, dropout=options.dropout)
         form = self.form(model)
         began = time.perf_counter()
-        history: Sequence[tuple[int, float, float]] = ()
+        history: tuple[tuple[int, float, float], ...] = ()
         if not row.untrained:
             history = fit(model, form, self.train, options)
         spent = time.perf_counter() - began
@@ -234,7 +234,7 @@ def fit(
     rows: Sequence[DataRow],
     options: TrainOptions,
     progress: Any = None,
-) -> Sequence[tuple[int, float, float]]:
+) -> tuple[tuple[int, float, float], ...]:
     """Train in place, by the Trainer that `bitloft train` uses; (step, loss, learning rate) of the logged steps.
 
     Raises OptionError where there is nothing to train, BitloftError where the loss is not finite.

@@ -153,6 +153,18 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str
     return Figure(_svg(figure), caption)
 
 
+def points(series: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str, caption: str) -> Figure:
+    """One line of marks per name over (x, y, standard error of y), with error bars."""
+    figure, axes = _axes(4.2)
+    for (name, found), color in zip(series.items(), COLORS * len(series), strict=False):
+        xs, ys, errors = zip(*found, strict=True)
+        axes.errorbar(xs, ys, yerr=errors, label=name, color=color, marker="o", markersize=4, capsize=3, linewidth=1)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(frameon=False)
+    return Figure(_svg(figure), caption)
+
+
 def size(count: int) -> str:
     """Bytes in decimal units with three digits: 71.3 MB."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]

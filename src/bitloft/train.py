@@ -23,9 +23,9 @@ from bitloft.checkpoint import read_json, sha256, write_json, writing
 from bitloft.errors import CheckpointError
 from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
 from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
-from bitloft.integrations.trainer import Progress, last_checkpoint, make_trainer, step_of
+from bitloft.integrations.trainer import Progress, SafeTrainer, last_checkpoint, make_trainer, step_of
 from bitloft.options import TrainOptions
-from bitloft.tasks.lm import Collator, DataReport, check_length, encode_rows, target_losses
+from bitloft.tasks.lm import Collator, DataReport, Example, check_length, encode_rows, target_losses
 from bitloft.tasks.precision import Precision, choose_precision
 from bitloft.tasks.rows import read_rows
 
@@ -91,16 +91,7 @@ def train(
     wanted = _identity(options, record, Path(data), precision)
     resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite)
     shown = Progress(progress)
-    trainer = make_trainer(
-        adapted,
-        examples,
-        Collator.for_tokenizer(tokenizer),
-        lambda model, batch: target_losses(model, batch)[0],
-        options,
-        bf16=precision.dtype == torch.bfloat16,
-        work=work,
-        shown=shown,
-    )
+    trainer = _trainer(adapted, examples, Collator.for_tokenizer(tokenizer), options, precision, work, shown)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     seconds = time.perf_counter() - began
@@ -180,3 +171,20 @@ def _settle(work: Path, wanted: dict[str, Any], *, resume: bool, overwrite: bool
     work.mkdir(parents=True)
     write_json(work / SETTINGS, wanted)
     return None
+
+
+def _trainer(
+    model: PeftModel,
+    examples: list[Example],
+    collate: Collator,
+    options: TrainOptions,
+    precision: Precision,
+    work: Path,
+    shown: Progress,
+) -> SafeTrainer:
+    bf16 = precision.dtype == torch.bfloat16
+    return make_trainer(model, examples, collate, _losses, options, bf16=bf16, work=work, shown=shown)
+
+
+def _losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return target_losses(model, batch)[0]

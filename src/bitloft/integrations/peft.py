@@ -94,7 +94,8 @@ def fresh_adapter(
 ) -> PeftModel:
     """A trainable LoRA (B = 0) on the linears whose path, or its end after a dot, matches one of ``targets``.
 
-    Without targets: all but the output head. ``pooled``: QA-LoRA's, whose A reads sums over groups of so many inputs. ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora) is the scaling.
+    Without targets: all but the output head. ``alpha / rank`` (``alpha / sqrt(rank)`` with rslora) is the scaling.
+    ``pooled``: QA-LoRA's, whose A reads sums over groups of so many inputs.
     Raises OptionError for a pattern that matches nothing and for a rank that a matrix cannot have.
     """
     register()

@@ -8,6 +8,7 @@ from bitloft.options.convert import CODES, CONTAINS, DENSE_DTYPES, TARGETS, Conv
 from bitloft.options.fields import BASE_MISMATCH, DTYPES, option, require
 from bitloft.options.generate import KEY_VARIABLE, LOOPBACK, GenerateOptions, ServeOptions
 from bitloft.options.quantize import SOLVERS, QuantizeOptions
+from bitloft.options.recipe import REGIMES, Recipe, read_recipe
 from bitloft.options.train import SCHEDULES, STARTS, EvalOptions, TrainOptions
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "KEY_VARIABLE",
     "LOOPBACK",
     "METHODS",
+    "REGIMES",
     "SCHEDULES",
     "SOLVERS",
     "STARTS",
@@ -30,8 +32,10 @@ __all__ = [
     "MergeOptions",
     "QuantizeOptions",
     "RebaseOptions",
+    "Recipe",
     "ServeOptions",
     "TrainOptions",
     "option",
+    "read_recipe",
     "require",
 ]

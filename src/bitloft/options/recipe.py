@@ -80,8 +80,12 @@ class Row:
         """How its base is quantized; OptionError for a setting that does not exist."""
         unknown = set(self.quantize) - {f.name for f in fields(QuantizeOptions)}
         require(not unknown, f"quantize has no setting {', '.join(sorted(unknown))}.")
-        solver = {"rank": self.rank if self.regime in STARTED else 0, "solver": self.regime, "format": self.format}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in self.quantize.items()}
+        solver: dict[str, Any] = {
+            "rank": self.rank if self.regime in STARTED else 0,
+            "solver": self.regime,
+            "format": self.format,
+        }
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.quantize.items()}
         if self.regime in STARTED and self.alpha is not None:
             solver["alpha"] = self.alpha
         return QuantizeOptions(**(solver | given))
@@ -144,7 +148,7 @@ def recipe_of(table: Mapping[str, Any], name: str = "recipe") -> Recipe:
     _known("a recipe", given, [f.name for f in fields(Recipe)])
     _known("[train]", training, {f.name for f in fields(TrainOptions)} - {"rank", "alpha", "start", "seed", "resume"})
     made = tuple(row for table in rows for row in _rows(table, shared))
-    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key in ("model", "task"):
         require(key in kept, f"it names no {key}.")
     training = {"save_every": 0, "dtype": "float32"} | training
@@ -173,5 +177,7 @@ def _filled(text: str) -> str:
         require(found is not None, f"the variable {match[1]} is not set.")
         return str(found).replace("\\", "\\\\").replace('"', '\\"')
 
-    lines = (line if line.lstrip().startswith("#") else re.sub(r"\$\{(\w+)\}", value, line) for line in text.split("\n"))
+    lines = (
+        line if line.lstrip().startswith("#") else re.sub(r"\$\{(\w+)\}", value, line) for line in text.split("\n")
+    )
     return "\n".join(lines)

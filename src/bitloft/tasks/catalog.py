@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ TASKS: dict[str, Task] = {
 }
 
 
+@runtime_checkable
 class Form(Protocol):
     """A task on a kind of model: rows to examples to batches, losses [targets] of a batch, and figures of the rows.
 
@@ -79,8 +80,8 @@ def form_of(
         return Documents(tokenizer, length, limit)
     if task.runs_code and generates and not allow_code:
         raise OptionError(
-            f"scoring {task.name} runs programs that the model wrote; allow it with --allow-code-execution, on a machine "
-            "where that is fine, or leave it at the loss with --no-generates."
+            f"scoring {task.name} runs programs that the model wrote; allow it with --allow-code-execution, on a "
+            "machine where that is fine, or leave it at the loss with --no-generates."
         )
     if samples is not None:
         task = replace(task, samples=samples)

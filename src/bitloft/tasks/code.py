@@ -1,6 +1,6 @@
 """HumanEval and MBPP: a function is written and its tests are run; pass@k by the unbiased estimator.
 
-    pass@k = mean over problems of  1 - C(n - c, k) / C(n, k)      n answers of which c pass (Chen et al. 2021, 2107.03374)
+    pass@k = mean over problems of  1 - C(n - c, k) / C(n, k)      n answers, c of them right (Chen et al. 2021)
 
 Answers are programs that a model made up: they run in ``sandbox`` only, and only where that was allowed by name
 (``--allow-code-execution``; ``catalog.form_of`` refuses without). MBPP is the sanitized set (Austin et al. 2021).
@@ -26,7 +26,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def program(answer: str, prompt: str) -> str:
-    """The code of an answer: what stands in its first fence, else the answer after ``prompt``, which opens a function."""
+    """The code of an answer: what its first fence holds, else the answer after ``prompt``, which opens a function."""
     if "```" in answer:
         inside = answer.split("```")[1]
         head, _, rest = inside.partition("\n")

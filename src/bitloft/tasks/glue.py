@@ -132,9 +132,7 @@ class Classes:
     def examples(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         texts = [[str(row[column]) for row in rows] for column in self.task.texts]
         found = self.tokenizer(*texts, truncation=True, max_length=self.length)
-        return [
-            {key: found[key][i] for key in found} | {"labels": row["label"]} for i, row in enumerate(rows)
-        ]
+        return [{key: found[key][i] for key in found} | {"labels": row["label"]} for i, row in enumerate(rows)]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Padded ids and masks [batch, longest]; ``labels`` [batch] int64, float32 for a number."""

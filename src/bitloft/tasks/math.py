@@ -1,4 +1,4 @@
-"""GSM8K and MATH: a worked answer whose last number or boxed expression is compared as mathematics (math-verify, sympy).
+"""GSM8K and MATH: a worked answer whose last number or boxed expression is compared as mathematics (math-verify).
 
 GSM8K's references end in "#### 18" (Cobbe et al. 2021, arXiv 2110.14168); an answer of the model is read from the same
 mark, else from its last number. MATH's are LaTeX in \\boxed{...} (Hendrycks et al. 2021, arXiv 2103.03874). Expressions

@@ -25,7 +25,7 @@ _WRITTEN = 1 << 20
 
 @dataclass(frozen=True)
 class Result:
-    """``ended`` is "passed", "failed" (with the last line of its error), "timeout" or "killed". ``isolated``: whether the
+    """``ended`` is "passed", "failed" (with the last line of its error), "timeout" or "killed"; ``isolated`` where the
     network was off."""
 
     ended: str

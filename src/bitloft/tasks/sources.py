@@ -1,9 +1,9 @@
 """Rows of a task's data set: from local files, or from the hub through ``datasets`` (extra ``eval``).
 
-A task is asked for its ``train`` or its ``test`` rows; which published split that is, ``Source`` says (GLUE's test labels
-are secret, so its validation rows judge). A local folder holds one file a split, ``train.jsonl``, ``.tsv``, ``.csv`` or
-``.json`` (a list); a single file stands for the split that was asked for. Columns are the hub's; where a published file
-names one otherwise (MRPC's ``#1 String``), ``aliases`` has it. Lines end at "\\n" only: texts hold U+2028.
+A task is asked for its ``train`` or its ``test`` rows; which published split that is, ``Source`` says (GLUE's test
+labels are secret, so its validation rows judge). A local folder holds one file a split, ``train.jsonl``, ``.tsv``,
+``.csv`` or ``.json`` (a list); a single file stands for the split that was asked for. Columns are the hub's; where a
+published file names one otherwise (MRPC's ``#1 String``), ``aliases`` has it. Lines end at "\\n" only.
 """
 
 import ast
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bitloft.errors import DataError, OptionError
 
@@ -87,13 +87,17 @@ def _parsed(file: Path) -> list[Row]:
             rows = json.loads(text)
         else:
             mark = "\t" if file.suffix == ".tsv" else ","
-            quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            rows = list(csv.DictReader(text.split("\n"), delimiter=mark, quoting=quoting))
+            rows = list(csv.DictReader(text.split("\n"), delimiter=mark, quoting=_quoting(file)))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read as {file.suffix[1:]} ({error}); save it anew.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file} does not hold a list of objects, one a row.")
     return rows
+
+
+def _quoting(file: Path) -> Literal[0, 3]:
+    """GLUE's tsv files hold quotation marks that quote nothing."""
+    return csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
 
 
 def _named(rows: Iterable[Row], source: Source) -> Iterable[Row]:
@@ -120,8 +124,8 @@ def _hub_rows(source: Source, split: str, limit: int | None, name: str) -> list[
         import datasets
     except ImportError:
         raise OptionError(
-            f"loading {source.hub} from the hub needs the package datasets (bitloft[eval]); install it, or give a local "
-            f"folder: {_wanted(source, name)}."
+            f"loading {source.hub} from the hub needs the package datasets (bitloft[eval]); install it, or give a "
+            f"local folder: {_wanted(source, name)}."
         ) from None
     try:
         found = datasets.load_dataset(source.hub, source.config, split=source.splits[split])
@@ -136,7 +140,7 @@ def _hub_rows(source: Source, split: str, limit: int | None, name: str) -> list[
 
 
 def held_out(rows: Sequence[Row], share: float = 0.1) -> tuple[list[Row], list[Row]]:
-    """(to train on, to choose settings by): the last ``share`` of the rows. Raises DataError where there are under two."""
+    """(to train on, to choose settings by): the last ``share`` of the rows. Raises DataError for under two."""
     if len(rows) < 2:
         raise DataError("the training data is one row; give two or more, since some are held out.")
     cut = len(rows) - max(int(share * len(rows)), 1)

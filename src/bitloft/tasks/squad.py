@@ -4,8 +4,8 @@ The official script's normalization (lower case, no punctuation, no articles, on
 lines, rewritten here from the script: the maintained library that has them (torchmetrics) would bring a second training
 framework for it. A test checks both against hand-computed cases. Standard errors are over questions.
 
-A passage longer than ``length`` is cut into windows that overlap by ``STRIDE`` tokens; a window without the answer points
-at its first token. Of all windows' spans of at most ``ANSWER`` tokens the one with the largest sum of logits is given.
+A passage longer than ``length`` is cut into windows that overlap by ``STRIDE`` tokens; a window without the answer
+points at its first token. Of all spans of at most ``ANSWER`` tokens the one with the largest sum of logits is given.
 """
 
 import re
@@ -79,7 +79,7 @@ class Spans:
     shifted = False
 
     def examples(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """One for each window; ``labels`` are the first and last token of the answer in it, 0 and 0 where it has none."""
+        """One for each window; ``labels`` are the first and last token of the answer in it, or 0 and 0."""
         found = self._windows(rows)
         made = []
         for i, owner in enumerate(found["overflow_to_sample_mapping"]):

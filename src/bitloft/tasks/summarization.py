@@ -1,7 +1,7 @@
 """XSum and CNN/DailyMail: an article in, a summary out, judged by ROUGE-1, ROUGE-2 and ROUGE-L (package rouge-score).
 
-F-measures with stemming, as the published figures have them; ROUGE-L of CNN/DailyMail counts sentences on lines of their
-own (rougeLsum), of XSum, whose summaries are one sentence, the text whole. Sources: Narayan et al. 2018 (arXiv
+F-measures with stemming, as the published figures have them; ROUGE-L of CNN/DailyMail counts sentences on lines
+of their own (rougeLsum), of XSum, whose summaries are one sentence, the text whole. Sources: Narayan et al. 2018 (arXiv
 1808.08745), See et al. 2017 (arXiv 1704.04368), Lin 2004. A decoder is asked in words; an encoder-decoder reads the
 article alone.
 """

@@ -2,7 +2,7 @@
 
 A ``TextTask`` says how a row is asked (``prompt``), what is taught (``completion``) and how answers are scored. Beside
 the task's own metrics both report ``loss``, the mean over target tokens in nats with the ratio estimator's error over
-rows (Cochran 1977): it is known far better than an exact match on a small set. Answers are greedy unless a task samples.
+rows (Cochran 1977): it is known far better than an exact match on a few rows. Answers are greedy unless a task samples.
 """
 
 import math
@@ -82,10 +82,7 @@ class Sequences:
         taught = self.tokenizer(
             text_target=[self.task.completion(row) for row in rows], truncation=True, max_length=self.task.tokens
         )
-        return [
-            {"input_ids": a, "labels": t}
-            for a, t in zip(asked["input_ids"], taught["input_ids"], strict=True)
-        ]
+        return [{"input_ids": a, "labels": t} for a, t in zip(asked["input_ids"], taught["input_ids"], strict=True)]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         inputs = self.tokenizer.pad([{"input_ids": e["input_ids"]} for e in examples], return_tensors="pt")
@@ -148,9 +145,7 @@ class Answers:
     def _asked(self, rows: Sequence[Row]) -> list[TextRow]:
         task = self.task
         return [
-            TextRow(
-                task.name, i + 1, "prompt", prompt=task.prompt(row) + task.suffix, completion=task.completion(row)
-            )
+            TextRow(task.name, i + 1, "prompt", prompt=task.prompt(row) + task.suffix, completion=task.completion(row))
             for i, row in enumerate(rows)
         ]
 

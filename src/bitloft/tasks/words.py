@@ -1,9 +1,9 @@
 """Pronunciation: letters in, phonemes out, on the one small BART whose weights and dictionary are at hand.
 
 It stands in for BART-large where a machine is small: an encoder-decoder that generates, with a metric of its own (words
-exactly right, and the phoneme error: edit distance over the reference's length). The model comes without a tokenizer,
-its symbols are ``grapheme_chars`` and ``phoneme_chars`` in its config, and ids are positions in them. ``with_tokenizer``
-writes the one that transformers then loads: letters, with phonemes spelled by the letter of the same id.
+exactly right, and the phoneme error: edit distance over the reference's length). The model has no tokenizer,
+its symbols are ``grapheme_chars`` and ``phoneme_chars`` in its config, and ids are positions in them;
+``with_tokenizer`` writes the one that transformers then loads: letters, and phonemes by the letter of the same id.
 """
 
 import json
@@ -51,7 +51,9 @@ def symbols(config: dict[str, Any]) -> tuple[str, str]:
     """Letters and phonemes by id. Raises CheckpointError where a config has none."""
     letters, sounds = config.get("grapheme_chars"), config.get("phoneme_chars")
     if not isinstance(letters, str) or not isinstance(sounds, str) or len(sounds) > len(letters):
-        raise CheckpointError("this model's config has no grapheme_chars and phoneme_chars; it does not pronounce words.")
+        raise CheckpointError(
+            "this model's config has no grapheme_chars and phoneme_chars; it does not pronounce words."
+        )
     return letters, sounds
 
 
