@@ -58,6 +58,7 @@ class Bench:
     train: list[DataRow]
     held: list[DataRow]
     test: list[DataRow]
+    _examples: list[Any] | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, work: Path) -> "Bench":
@@ -119,7 +120,8 @@ class Bench:
         began = time.perf_counter()
         history: tuple[tuple[int, float, float], ...] = ()
         if not row.untrained:
-            history = fit(model, form, self.train, options)
+            self._examples = form.examples(self.train) if self._examples is None else self._examples
+            history = fit(model, form, self._examples, options)
         spent = time.perf_counter() - began
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
@@ -231,17 +233,17 @@ def reset_head(model: PreTrainedModel, seed: int) -> None:
 def fit(
     model: nn.Module,
     form: Form,
-    rows: Sequence[DataRow],
+    examples: Sequence[Any],
     options: TrainOptions,
     progress: Any = None,
 ) -> tuple[tuple[int, float, float], ...]:
-    """Train in place, by the Trainer that `bitloft train` uses; (step, loss, learning rate) of the logged steps.
+    """Train in place on ``form.examples(rows)``, as `bitloft train` does; (step, loss, learning rate) as logged.
 
     Raises OptionError where there is nothing to train, BitloftError where the loss is not finite.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise OptionError("this model has no parameter to train.")
-    shown, examples = Progress(progress), form.examples(list(rows))
+    shown = Progress(progress)
     precision = choose_precision(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as place:
         trainer = make_trainer(

@@ -99,7 +99,7 @@ def tune(
     for name, parameter in adapted.named_parameters():
         if in_head(name):
             parameter.requires_grad_(True)
-    history = fit(adapted, form, rows, options, progress)
+    history = fit(adapted, form, form.examples(rows), options, progress)
     made = {"base": record.fingerprint, "source": record.source, "start": options.start}
     facts = {"base": str(base), "task": task, "start": options.start, "rows": len(rows), "history": history}
     with writing(out, overwrite=overwrite) as directory:

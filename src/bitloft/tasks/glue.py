@@ -58,7 +58,7 @@ class PairTask:
             f"{self.name} has no label {value!r}; use {', '.join(self.labels)} or 0 to {len(self.labels) - 1}."
         )
 
-    def scores(self, wanted: Sequence[float], given: Sequence[float]) -> list[Score]:
+    def scores(self, wanted: Sequence[float | int], given: Sequence[float | int]) -> list[Score]:
         """The task's own metrics of predictions against labels."""
         return [METRICS[name](wanted, given) for name in self.metrics]
 

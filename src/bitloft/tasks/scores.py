@@ -37,7 +37,7 @@ class Score:
         return asdict(self)
 
 
-def mean(name: str, values: Sequence[float], better: str = "high") -> Score:
+def mean(name: str, values: Sequence[float | int], better: str = "high") -> Score:
     """The mean of a figure that every row has. Raises OptionError where there is no row."""
     if not len(values):
         raise OptionError(f"there is no row to take {name} of.")
@@ -47,7 +47,7 @@ def mean(name: str, values: Sequence[float], better: str = "high") -> Score:
 
 
 def of_set(
-    name: str, figure: Callable[[Any, Any], float], wanted: Sequence[float], given: Sequence[float], seed: int = 0
+    name: str, figure: Callable[[Any, Any], float], wanted: Sequence[float | int], given: Sequence[float | int], seed: int = 0
 ) -> Score:
     """``figure(wanted, given)`` of the whole set, its error by resampling rows."""
     true, found = np.asarray(wanted), np.asarray(given)
@@ -64,30 +64,30 @@ def of_set(
     return Score(name, float(value) if math.isfinite(value) else 0.0, stderr, len(true))
 
 
-def accuracy(wanted: Sequence[float], given: Sequence[float]) -> Score:
+def accuracy(wanted: Sequence[float | int], given: Sequence[float | int]) -> Score:
     """The share of rows whose prediction is the label."""
     return mean("accuracy", [float(a == b) for a, b in zip(wanted, given, strict=True)])
 
 
-def f1(wanted: Sequence[float], given: Sequence[float]) -> Score:
+def f1(wanted: Sequence[float | int], given: Sequence[float | int]) -> Score:
     """F1 of the class 1 (scikit-learn's f1_score)."""
     metrics = _sklearn()
     return of_set("f1", lambda a, b: float(metrics.f1_score(a, b, zero_division=0)), wanted, given)
 
 
-def matthews(wanted: Sequence[float], given: Sequence[float]) -> Score:
+def matthews(wanted: Sequence[float | int], given: Sequence[float | int]) -> Score:
     """Matthews correlation (scikit-learn's matthews_corrcoef)."""
     metrics = _sklearn()
     return of_set("matthews", lambda a, b: float(metrics.matthews_corrcoef(a, b)), wanted, given)
 
 
-def pearson(wanted: Sequence[float], given: Sequence[float]) -> Score:
+def pearson(wanted: Sequence[float | int], given: Sequence[float | int]) -> Score:
     """Pearson correlation (scipy)."""
     stats = _scipy()
     return of_set("pearson", lambda a, b: float(stats.pearsonr(a, b).statistic), wanted, given)
 
 
-def spearman(wanted: Sequence[float], given: Sequence[float]) -> Score:
+def spearman(wanted: Sequence[float | int], given: Sequence[float | int]) -> Score:
     """Spearman rank correlation (scipy)."""
     stats = _scipy()
     return of_set("spearman", lambda a, b: float(stats.spearmanr(a, b).statistic), wanted, given)
