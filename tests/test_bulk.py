@@ -122,7 +122,7 @@ def test_a_node_that_does_not_see_the_directory_and_jobs_beside_a_cluster(severa
     sign = bulk._signed(tmp_path / "out")
     assert bulk._sees(sign, *place) == place
     for wrong in ((tmp_path / "elsewhere", *place[1:]), place):
-        with pytest.raises(CheckpointError, match="does not see .* put it on shared storage"):
+        with pytest.raises(CheckpointError, match=r"does not see .* put it on shared storage"):
             bulk._sees(sign if wrong is not place else "other", *wrong)
     with pytest.raises(OptionError, match="leave jobs at 1"):
         compress_all(several, tmp_path / "out", CompressOptions(bits=1.2), jobs=2, cluster=Cluster(workers=2))

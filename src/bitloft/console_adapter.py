@@ -16,6 +16,13 @@ TrainedOn = Annotated[
     str | None, typer.Option("--from", help="the base or model that the adapter was trained on, if it is at hand")
 ]
 
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", help="processes, for a directory of adapters (default: 1; ray: all there are)")
+]
+Moments = Annotated[
+    Path | None, typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are")
+]
+
 
 def compress(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT LoRA directory, or a directory of them")],
@@ -27,14 +34,8 @@ def compress(
     ] = None,
     trained_on: TrainedOn = None,
     overwrite: Overwrite = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", help="processes, for a directory of adapters (default: 1; ray: all there are)"),
-    ] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are"),
-    ] = None,
+    jobs: Jobs = None,
+    moments: Moments = None,
     engine: Engine = "local",
     address: Address = None,
     task_memory: TaskMemory = None,
@@ -55,10 +56,9 @@ def compress(
         return
     from bitloft.calibrate.statistics import read_moments
 
-    if engine != "local":
-        raise OptionError(f"--engine {engine} needs a directory of adapters; {adapter} is one adapter.")
-    if jobs not in (None, 1):
-        raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
+    for flag, given in ((f"--engine {engine}", engine != "local"), (f"--jobs {jobs}", jobs not in (None, 1))):
+        if given:
+            raise OptionError(f"{flag} needs a directory of adapters; {adapter} is one adapter.")
     with progress("packing") as step:
         report = verb(
             adapter,

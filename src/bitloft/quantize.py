@@ -162,7 +162,7 @@ def quantize(
     """
     options = options or QuantizeOptions(**settings)
     limit, began = bytes_of(shard_size, "shard_size"), time.perf_counter()
-    _check_run(str(model), jobs, threads, calibrated=options.solver == "calibrated" and options.metric != "none")
+    _check_run(str(model), jobs, threads, options)
     _check_cluster(str(model), jobs, threads, cluster)
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
@@ -194,18 +194,23 @@ def quantize(
         report = _report(str(out), source, plan, journal, directory)
         report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
         report = replace(report, seconds=time.perf_counter() - began)
-        write_json(directory / REPORT, report.lasting())
-        text = card.of_base(replace(report, out=Path(out).name), options)
-        (directory / "README.md").write_text(text, encoding="utf-8")
-        (directory / TIMES).unlink(missing_ok=True)
-        record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
-        write_manifest(directory, "base", record)
-        times = {matrix.name: matrix.seconds for matrix in report.matrices}
-        write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times})
+        _finish(report, options, made_of, Path(out).name, directory)
     return report
 
 
-def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None:
+def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:
+    """Write report, card and manifest; and the times, which the manifest does not list."""
+    write_json(directory / REPORT, report.lasting())
+    (directory / "README.md").write_text(card.of_base(replace(report, out=name), options), encoding="utf-8")
+    (directory / TIMES).unlink(missing_ok=True)
+    record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
+    write_manifest(directory, "base", record)
+    times = {matrix.name: matrix.seconds for matrix in report.matrices}
+    write_json(directory / TIMES, {"seconds": report.seconds, "resumed": report.resumed, "matrices": times})
+
+
+def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) -> None:
+    calibrated = options.solver == "calibrated" and options.metric != "none"
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
             raise OptionError(f"{name} is {value}; use 1 or more.")

@@ -32,14 +32,16 @@ def zipf(adapters: int, exponent: float) -> Floats:
             f"a Zipf law over {adapters} adapters with exponent {exponent} is none; use 1 or more, 0 to 10."
         )
     shares = np.arange(1, adapters + 1, dtype=np.float64) ** -exponent
-    return shares / shares.sum()
+    normal: Floats = shares / shares.sum()
+    return normal
 
 
 def draw(shares: Floats, requests: int, seed: int) -> Integers:
     """The adapter of each request [requests], independent draws."""
     cumulative = np.cumsum(shares)
     points = np.random.default_rng(seed).random(requests) * cumulative[-1]
-    return np.searchsorted(cumulative, points, side="right").clip(max=len(shares) - 1)
+    asked: Integers = np.searchsorted(cumulative, points, side="right").clip(max=len(shares) - 1)
+    return asked
 
 
 def lru(asked: Integers, sizes: Integers, budget: int) -> NDArray[np.bool_]:
