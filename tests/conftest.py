@@ -34,6 +34,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray cluster of two processors for all tests that need one: starting it takes ten seconds."""
+    pytest.importorskip("ray", reason="needs Ray (pip install 'bitloft[ray]')")
+    from bitloft.integrations.ray import Cluster, connected
+
+    with connected(Cluster(workers=2, store=128 << 20)):
+        yield
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[World]":
     """A base and four adapters, served from a thread until the last test has run."""
     from tests.serving import serving  # only the tests of serving pay for it

@@ -34,20 +34,23 @@ LAYERS = (
     ("modules",),
     ("integrations",),
     ("stream",),
-    ("tasks", "report", "card", "roofline"),
+    ("fanout",),
+    ("tasks", "report", "card", "roofline", "traffic"),
     ("calibrate",),
     ("ground",),
-    ("train", "compress", "evaluate", "inspection", "generate", "plan", "starts", "rebase", "sensitivity"),
+    ("train", "compress", "evaluate", "inspection", "generate", "starts", "rebase", "sensitivity"),
     ("widths", "bulk"),
     ("quantize",),
-    ("merge", "convert"),
+    ("footprint",),
+    ("machine",),
+    ("merge", "convert", "plan"),
     ("regimes",),
     ("tune", "sweep"),
     ("judge",),
     ("serve",),
     ("terminal",),
     ("console",),
-    ("console_adapter", "console_convert", "console_tasks"),
+    ("console_adapter", "console_convert", "console_plan", "console_tasks"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -63,6 +66,7 @@ KNOWS_TRANSFORMERS = (
         "sensitivity",
         "merge",
         "convert",
+        "footprint",
         "generate",
         "regimes",
         "tune",
@@ -254,10 +258,17 @@ def test_version_is_the_newest_changelog_entry() -> None:
 
 
 def test_constraints_pin_every_requirement() -> None:
-    """What pyproject.toml asks for, constraints.txt names at one version (but not the extras eval, ray, gpu)."""
+    """What pyproject.toml asks for, constraints.txt names at one version (but not the extras eval, gpu)."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["serve"], *extras["demo"], *extras["docs"], *extras["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *extras["serve"],
+        *extras["demo"],
+        *extras["docs"],
+        *extras["ray"],
+        *extras["dev"],
+    ]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in wanted} - {"bitloft"}
     pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert not names - pins

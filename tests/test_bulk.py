@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from bitloft import bulk
 from bitloft.adapters import read_packed
 from bitloft.bulk import adapters_in, compress_all, holds_adapters
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.integrations.ray import Cluster
 from bitloft.options import CompressOptions
 from tests.test_compress import large_adapter
 
@@ -98,3 +100,29 @@ def test_what_is_no_directory_of_adapters(several: Path, tmp_path: Path) -> None
     large_adapter(several / "reports", modules=1)
     with pytest.raises(CheckpointError, match="is named 'reports', where reports are written"):
         compress_all(several, tmp_path / "out")
+
+
+def test_workers_of_a_cluster_write_the_same_bytes(ray_cluster: None, several: Path, tmp_path: Path) -> None:
+    (several / "bad").mkdir()
+    (several / "bad" / "adapter_config.json").write_text("{")
+    here = compress_all(several, tmp_path / "here", CompressOptions(bits=1.2))
+    there = compress_all(several, tmp_path / "there", CompressOptions(bits=1.2), cluster=Cluster(workers=2))
+    assert [(row.name, row.state) for row in there.rows] == [(row.name, row.state) for row in here.rows]
+    for name in ("a0", "a1", "a2"):
+        for file in (tmp_path / "here" / name).iterdir():
+            assert file.read_bytes() == (tmp_path / "there" / name / file.name).read_bytes()
+    assert not (tmp_path / "there" / "reports" / bulk.SIGN).exists()
+    again = compress_all(several, tmp_path / "there", CompressOptions(bits=1.2), cluster=Cluster(workers=2))
+    assert again.count("kept") == 3
+
+
+def test_a_node_that_does_not_see_the_directory_and_jobs_beside_a_cluster(several: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "reports").mkdir(parents=True)
+    place = (tmp_path / "out", CompressOptions(), None, None)
+    sign = bulk._signed(tmp_path / "out")
+    assert bulk._sees(sign, *place) == place
+    for wrong in ((tmp_path / "elsewhere", *place[1:]), place):
+        with pytest.raises(CheckpointError, match=r"does not see .* put it on shared storage"):
+            bulk._sees(sign if wrong is not place else "other", *wrong)
+    with pytest.raises(OptionError, match="leave jobs at 1"):
+        compress_all(several, tmp_path / "out", CompressOptions(bits=1.2), jobs=2, cluster=Cluster(workers=2))

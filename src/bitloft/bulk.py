@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -21,12 +22,14 @@ from bitloft.adapters import CONFIG_FILE, WEIGHTS_FILE, is_packed, read_packed
 from bitloft.checkpoint import fingerprint, read_json
 from bitloft.compress import CompressReport, compress
 from bitloft.errors import BitloftError, CheckpointError, OptionError
+from bitloft.integrations.ray import Cluster, spread
 from bitloft.options import CompressOptions
 from bitloft.packing import Progress
 from bitloft.report import Figure, Section, Table, lines, page, write
 
 REPORTS = "reports"
 SUMMARY = "report.json"
+SIGN = "cluster.txt"  # in reports: what the nodes of a cluster know the directory by
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,12 @@ def compress_all(
     base: str | Path | None = None,
     data: str | Path | None = None,
     jobs: int = 1,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> BulkReport:
     """Pack every adapter below ``directory`` into ``out`` by ``jobs`` processes; ``progress`` counts adapters.
+
+    With a ``cluster`` adapters are tasks on Ray and ``jobs`` is not used; every node must see the same directories.
 
     What is packed already from the same source with the same settings is kept; a place in ``out`` that holds something
     else is a failed row, never overwritten. Raises OptionError for fewer than one job, CheckpointError without
@@ -93,6 +99,8 @@ def compress_all(
     directory, out, options = Path(directory), Path(out), options or CompressOptions()
     if jobs < 1:
         raise OptionError(f"jobs is {jobs}; use 1 or more.")
+    if cluster is not None and (jobs != 1 or cluster.threads != 1):
+        raise OptionError("adapters are packed with one thread each by the workers of the cluster; leave jobs at 1.")
     if options.distill:
         raise OptionError("distill learns from one adapter's own data; pack the adapters one by one.")
     sources = adapters_in(directory)
@@ -100,10 +108,11 @@ def compress_all(
         raise CheckpointError(f"an adapter in {directory} is named {REPORTS!r}, where reports are written; rename it.")
     (out / REPORTS).mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in _rows(sources, out, options, base, data, jobs):
+    for row in _rows(sources, out, options, base, data, jobs, cluster):
         rows.append(row)
         if progress is not None:
             progress(len(rows), len(sources), row.name)
+    (out / REPORTS / SIGN).unlink(missing_ok=True)
     report = BulkReport(str(directory), str(out), options.settings, tuple(sorted(rows, key=lambda r: r.name)))
     write(out / SUMMARY, json.dumps(asdict(report), indent=2))
     write(out / REPORTS / "index.html", _page(report, out / REPORTS))
@@ -117,7 +126,12 @@ def _rows(
     base: str | Path | None,
     data: str | Path | None,
     jobs: int,
+    cluster: Cluster | None,
 ) -> Iterator[Row]:
+    if cluster is not None:
+        setup = (_signed(out), out.absolute(), options, _absolute(base), _absolute(data))
+        yield from (row for _, row in spread(cluster, _sees, setup, _on_cluster, [s.absolute() for s in sources]))
+        return
     if jobs == 1:
         yield from (_one(source, out, options, base, data) for source in sources)
         return
@@ -125,6 +139,33 @@ def _rows(
     with ProcessPoolExecutor(min(jobs, len(sources)), get_context("spawn"), initializer=_single_thread) as pool:
         waiting = [pool.submit(_one, source, out, options, base, data) for source in sources]
         yield from (done.result() for done in as_completed(waiting))
+
+
+Place = tuple[Path, CompressOptions, Path | None, Path | None]  # out, options, base, data
+
+
+def _absolute(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).absolute()
+
+
+def _signed(out: Path) -> str:
+    """A text in a file of ``out``, by which a node shows that it sees the same directory."""
+    text = uuid4().hex
+    write(out / REPORTS / SIGN, text)
+    return text
+
+
+def _sees(sign: str, *place: Any) -> Place:
+    """In a worker process: ready to pack. Raises CheckpointError on a node that sees another ``out``."""
+    _single_thread()
+    file = place[0] / REPORTS / SIGN
+    if not file.is_file() or file.read_text(encoding="utf-8") != sign:
+        raise CheckpointError(f"this node does not see {place[0]} as the others do; put it on shared storage.")
+    return place[0], place[1], place[2], place[3]
+
+
+def _on_cluster(place: Place, source: Path) -> Row:
+    return _one(source, *place)
 
 
 def _single_thread() -> None:

@@ -167,6 +167,14 @@ def replace_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     beside.replace(file)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all: written beside, fsynced, renamed."""
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    _fsync(beside)
+    beside.replace(file)
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model or adapter folder, sorted.
 

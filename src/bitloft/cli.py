@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
 
-from bitloft import __version__, console, console_adapter, console_convert, console_tasks
+from bitloft import __version__, console, console_adapter, console_convert, console_plan, console_tasks
 from bitloft.errors import BitloftError
 
 app = typer.Typer(
@@ -75,10 +75,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-for _name, _run in (
-    console.COMMANDS | console_adapter.COMMANDS | console_convert.COMMANDS | console_tasks.COMMANDS
-).items():
-    command(_name, _run)
+for _group in (console, console_adapter, console_convert, console_plan, console_tasks):
+    for _name, _run in _group.COMMANDS.items():
+        command(_name, _run)
 
 
 def main() -> None:

@@ -24,23 +24,39 @@ Out = Annotated[Path, typer.Option("--out", help="directory to make; written bes
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace --out where it exists")]
 Data = Annotated[Path, typer.Option("--data", help="FILE.jsonl (text, prompt/completion or messages rows) or FILE.txt")]
 
+Engine = Annotated[str, typer.Option("--engine", help="local, or ray: work as tasks on a Ray cluster")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="ray: auto or HOST:PORT of a cluster (default: one on this machine)")
+]
+TaskMemory = Annotated[str | None, typer.Option("--task-memory", help="ray: memory that a task is promised, as 4GB")]
+
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="hub name, safetensors folder or .gguf file")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="hub name, safetensors folder or its URL, or .gguf file")
+    ],
     out: Out,
     options: QuantizeOptions,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with an interrupted run of the same settings")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", help="processes, each on matrices of its own")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", help="processes, each on matrices of its own (default: 1; ray: all there are)"),
+    ] = None,
     threads: Annotated[int, typer.Option("--threads", help="threads of each process; part of what a run is")] = 1,
     shard_size: Annotated[str, typer.Option("--shard-size", help="largest weight file, such as 5GB")] = "50GB",
+    engine: Engine = "local",
+    address: Address = None,
+    task_memory: TaskMemory = None,
 ) -> None:
     """Quantize a model to 2-4 bits and find the LoRA start that repairs it, in the memory of its largest matrix."""
     from bitloft.quantize import quantize as verb
 
-    run: dict[str, Any] = {"resume": resume, "jobs": jobs, "threads": threads, "shard_size": shard_size}
+    cluster = cluster_of(engine, address, task_memory, jobs, threads)
+    run: dict[str, Any] = {"resume": resume, "threads": threads, "shard_size": shard_size, "cluster": cluster}
+    run["jobs"] = 1 if cluster is not None or jobs is None else jobs
     with progress("quantizing") as step:
         report = verb(model, out, options, overwrite=overwrite, progress=step, **run)
     before = sum(m.error_before for m in report.matrices) / len(report.matrices)
@@ -63,6 +79,22 @@ def quantize(
             "time": f"{report.seconds:.1f} s" + (f", {report.resumed} matrices before" if report.resumed else ""),
         },
     )
+
+
+def cluster_of(engine: str, address: str | None, memory: str | None, jobs: int | None, threads: int = 1) -> Any:
+    """The Cluster that flags ask for, None for the local engine. Raises OptionError for flags that contradict."""
+    if engine not in ("local", "ray"):
+        raise OptionError(f"unknown engine {engine!r}; use local or ray.")
+    if engine == "local":
+        for name, value in (("address", address), ("task-memory", memory)):
+            if value is not None:
+                raise OptionError(f"--{name} is for --engine ray; leave it out.")
+        return None
+    from bitloft.integrations.ray import Cluster
+    from bitloft.slots import bytes_of
+
+    promised = None if memory is None else bytes_of(memory, "task_memory")
+    return Cluster(address=address, workers=jobs, threads=threads, memory=promised)
 
 
 def _calibration(found: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitloft.console import Data, Out, Overwrite, data_counts
+from bitloft.console import Address, Data, Engine, Out, Overwrite, TaskMemory, cluster_of, data_counts
 from bitloft.errors import OptionError
 from bitloft.options import CompressOptions, RebaseOptions
 from bitloft.report import size
@@ -14,6 +14,13 @@ from bitloft.terminal import emit, progress, show, table
 
 TrainedOn = Annotated[
     str | None, typer.Option("--from", help="the base or model that the adapter was trained on, if it is at hand")
+]
+
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", help="processes, for a directory of adapters (default: 1; ray: all there are)")
+]
+Moments = Annotated[
+    Path | None, typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are")
 ]
 
 
@@ -27,11 +34,11 @@ def compress(
     ] = None,
     trained_on: TrainedOn = None,
     overwrite: Overwrite = False,
-    jobs: Annotated[int, typer.Option("--jobs", help="processes, for a directory of adapters")] = 1,
-    moments: Annotated[
-        Path | None,
-        typer.Option("--moments", help="statistics of `quantize`: errors count where the base's inputs are"),
-    ] = None,
+    jobs: Jobs = None,
+    moments: Moments = None,
+    engine: Engine = "local",
+    address: Address = None,
+    task_memory: TaskMemory = None,
 ) -> None:
     """Quantize a trained adapter, or each in a directory, into packed ones of 0.2 to 4 true bits."""
     from bitloft.bulk import holds_adapters
@@ -44,12 +51,14 @@ def compress(
             raise OptionError("--from is for one adapter; pack those of another base one by one.")
         if moments is not None:
             raise OptionError("--moments is for one adapter; a directory's are packed in the plain norm.")
-        _compress_all(adapter, out, options, base, data, jobs)
+        cluster = cluster_of(engine, address, task_memory, jobs)
+        _compress_all(adapter, out, options, base, data, 1 if cluster is not None or jobs is None else jobs, cluster)
         return
     from bitloft.calibrate.statistics import read_moments
 
-    if jobs != 1:
-        raise OptionError(f"--jobs {jobs} needs a directory of adapters; {adapter} is one adapter.")
+    for flag, given in ((f"--engine {engine}", engine != "local"), (f"--jobs {jobs}", jobs not in (None, 1))):
+        if given:
+            raise OptionError(f"{flag} needs a directory of adapters; {adapter} is one adapter.")
     with progress("packing") as step:
         report = verb(
             adapter,
@@ -88,12 +97,18 @@ def _distilled(report: Any) -> str | None:
 
 
 def _compress_all(
-    adapters: Path, out: Path, options: CompressOptions, base: Path | None, data: Path | None, jobs: int
+    adapters: Path,
+    out: Path,
+    options: CompressOptions,
+    base: Path | None,
+    data: Path | None,
+    jobs: int,
+    cluster: Any,
 ) -> None:
     from bitloft.bulk import compress_all
 
     with progress("packing") as step:
-        report = compress_all(adapters, out, options, base=base, data=data, jobs=jobs, progress=step)
+        report = compress_all(adapters, out, options, base=base, data=data, jobs=jobs, cluster=cluster, progress=step)
     counts = ", ".join(f"{report.count(state)} {state}" for state in ("packed", "kept", "failed"))
     show(f"packed adapters {out}", {"adapters": counts, "report": str(out / "reports" / "index.html")})
     emit(

@@ -6,7 +6,6 @@ same bytes. For that, nothing in the directory tells when or how fast it was mad
 manifest does not list.
 """
 
-import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -31,14 +30,16 @@ from bitloft.checkpoint import (
     write_manifest,
 )
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.fanout import fanned
 from bitloft.formats import Format
+from bitloft.integrations.ray import Cluster
 from bitloft.integrations.skeleton import UNPACKED
 from bitloft.integrations.source import Source, open_source
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
 from bitloft.shards import INDEX
-from bitloft.slots import Slots, lay_out, reserve, write
-from bitloft.stream import Plan, Progress, make_plan, run
+from bitloft.slots import Slots, bytes_of, lay_out, reserve, write
+from bitloft.stream import Plan, Progress, in_turn, make_plan, run
 from bitloft.widths import Widths, choose_widths
 
 REPORT = "bitloft_report.json"
@@ -146,20 +147,23 @@ def quantize(
     jobs: int = 1,
     threads: int = 1,
     shard_size: str = SHARD,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Quantize ``model`` (hub name, safetensors folder or GGUF file) into the directory ``out``.
+    """Quantize ``model`` (hub name, safetensors folder or its URL, GGUF file) into the directory ``out``.
 
     Settings are the fields of QuantizeOptions: ``quantize("m", "out", format="lm2:64", rank=16)``. ``jobs`` processes
     work on matrices of their own with ``threads`` threads each: jobs do not change the bytes, threads may, in the last
     digit of an error. (Processes are spawned: a script that asks for jobs needs ``if __name__ == "__main__":``.)
+    With a ``cluster`` matrices are tasks on Ray and ``jobs`` is not used; the bytes are the same at equal ``threads``.
     ``resume`` goes on where an interrupted run of the same settings stopped. Raises OptionError for options that do
     not exist or fit, CheckpointError for a source that is missing, unsafe or damaged, and for a full disk.
     """
     options = options or QuantizeOptions(**settings)
-    limit, began = _bytes(shard_size), time.perf_counter()
-    _check_run(str(model), jobs, threads, calibrated=options.solver == "calibrated" and options.metric != "none")
+    limit, began = bytes_of(shard_size, "shard_size"), time.perf_counter()
+    _check_run(str(model), jobs, threads, options)
+    _check_cluster(str(model), jobs, threads, cluster)
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
     options, widths = choose_widths(source, options, progress)
@@ -169,15 +173,20 @@ def quantize(
     tokenizer = source.tokenizer if plan.skeleton.known else None
     made_of = source.fingerprint()
     identity = _identity(made_of, options, threads, limit)
-    with working(out, identity, overwrite=overwrite, resume=resume) as journal:
+    with (
+        working(out, identity, overwrite=overwrite, resume=resume) as journal,
+        fanned(str(model), options, cluster) as spread,
+    ):
         directory = journal.directory
         slots = lay_out(directory, plan.outputs, limit)
         resumed = _prepare(slots, journal)
         calibration = None
         if plan.measured:
-            calibration = run_calibrated(source, options, plan, slots, journal, threads=threads, progress=progress)
+            calibration = run_calibrated(
+                source, options, plan, slots, journal, threads=threads, progress=progress, spread=spread or in_turn
+            )
         else:
-            run(source, options, plan, slots, journal, jobs=jobs, threads=threads, progress=progress)
+            run(source, options, plan, slots, journal, jobs=jobs, threads=threads, progress=progress, spread=spread)
         if slots.index is not None:
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
@@ -185,18 +194,23 @@ def quantize(
         report = _report(str(out), source, plan, journal, directory)
         report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
         report = replace(report, seconds=time.perf_counter() - began)
-        write_json(directory / REPORT, report.lasting())
-        text = card.of_base(replace(report, out=Path(out).name), options)
-        (directory / "README.md").write_text(text, encoding="utf-8")
-        (directory / TIMES).unlink(missing_ok=True)
-        record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
-        write_manifest(directory, "base", record)
-        times = {matrix.name: matrix.seconds for matrix in report.matrices}
-        write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times})
+        _finish(report, options, made_of, Path(out).name, directory)
     return report
 
 
-def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None:
+def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:
+    """Write report, card and manifest; and the times, which the manifest does not list."""
+    write_json(directory / REPORT, report.lasting())
+    (directory / "README.md").write_text(card.of_base(replace(report, out=name), options), encoding="utf-8")
+    (directory / TIMES).unlink(missing_ok=True)
+    record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
+    write_manifest(directory, "base", record)
+    times = {matrix.name: matrix.seconds for matrix in report.matrices}
+    write_json(directory / TIMES, {"seconds": report.seconds, "resumed": report.resumed, "matrices": times})
+
+
+def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) -> None:
+    calibrated = options.solver == "calibrated" and options.metric != "none"
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
             raise OptionError(f"{name} is {value}; use 1 or more.")
@@ -206,13 +220,15 @@ def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None
         raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
 
 
-def _bytes(size: str) -> int:
-    """``5GB``, ``200MB`` or ``64kB`` as a number of bytes, in powers of 1,000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|b)", size.strip().lower())
-    count = int(float(match[1]) * {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}[match[2]]) if match else 0
-    if count < 1:
-        raise OptionError(f"shard_size is {size!r}; use a size such as 5GB or 200MB.")
-    return count
+def _check_cluster(model: str, jobs: int, threads: int, cluster: Cluster | None) -> None:
+    if cluster is None:
+        return
+    if model.endswith(".gguf"):
+        raise OptionError("a GGUF file is converted whole, by each process; quantize it on one machine, with jobs 1.")
+    if jobs != 1:
+        raise OptionError(f"jobs is {jobs}, but a cluster has workers of its own; give their number there.")
+    if cluster.threads != threads:
+        raise OptionError(f"threads is {threads}, and that of the cluster is {cluster.threads}; give the same twice.")
 
 
 def _identity(source: str, options: QuantizeOptions, threads: int, limit: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the alternative, one result file per matrix that are joined at the end, needs th
 import errno
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitloft.errors import CheckpointError
+from bitloft.errors import CheckpointError, OptionError
 from bitloft.shards import DTYPES, SINGLE, Entry, Spec
 
 _ORDER = {name: rank for rank, name in enumerate(DTYPES)}
@@ -35,6 +36,15 @@ class Slots:
     @property
     def nbytes(self) -> int:
         return sum(size for _, size in self.files.values())
+
+
+def bytes_of(size: str, name: str) -> int:
+    """``5GB``, ``200MB`` or ``64kB`` as a number of bytes, in powers of 1,000. Raises OptionError, naming ``name``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kb|mb|gb|b)", size.strip().lower())
+    count = int(float(match[1]) * {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise OptionError(f"{name} is {size!r}; use a size such as 5GB or 200MB.")
+    return count
 
 
 def lay_out(directory: Path, tensors: Mapping[str, Spec], limit: int) -> Slots:

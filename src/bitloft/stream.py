@@ -8,7 +8,7 @@ with the same number of threads, so their order, the number of processes and int
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -90,6 +90,10 @@ class Plan:
         return tuple(matrix for step in self.steps.values() for matrix in step.matrices)
 
 
+# Solves and writes steps of a plan: names to (name, record), in any order. ``in_turn`` here, ``fanout.fanned`` on Ray.
+Spread = Callable[[Plan, Slots, Sequence[str]], Iterator[tuple[str, dict[str, Any]]]]
+
+
 def make_plan(source: Source, options: QuantizeOptions) -> Plan:
     """Choose what is packed and name every output. Raises CheckpointError or OptionError for bad input."""
     register()
@@ -152,11 +156,12 @@ def run(
     jobs: int,
     threads: int,
     progress: Progress | None,
+    spread: Spread | None = None,
 ) -> None:
-    """Do what the journal does not yet hold, by ``jobs`` processes of ``threads`` threads each."""
+    """Do what the journal does not yet hold, by ``jobs`` processes of ``threads`` threads each, or by ``spread``."""
     todo = [name for name in plan.steps if name not in journal.done]
     clock = Clock(plan, journal, progress)
-    if jobs > 1 and len(todo) > 1:
+    if spread is None and jobs > 1 and len(todo) > 1:
         workers = ProcessPoolExecutor(
             min(jobs, len(todo)),
             mp_context=get_context("spawn"),  # forking a process that has run torch's threads may hang
@@ -174,10 +179,16 @@ def run(
             workers.shutdown(cancel_futures=True)
     else:
         with limited(threads):
-            for name in todo:
-                journal.add(name, solve_step(plan, name, slots))
+            for name, record in (spread or in_turn)(plan, slots, todo):
+                journal.add(name, record)
                 clock.tick(name)
     copy_rest(plan, slots, journal)
+
+
+def in_turn(plan: Plan, slots: Slots, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One step after the other, here."""
+    for name in names:
+        yield name, solve_step(plan, name, slots)
 
 
 def copy_rest(plan: Plan, slots: Slots, journal: Journal) -> None:
@@ -194,6 +205,15 @@ def solve_step(plan: Plan, name: str, slots: Slots) -> dict[str, Any]:
         write(slots, ((key, [tensor]) for key, tensor in _tensors(plan, step)))
     rows = [row for matrix in step.matrices for row in _rows(plan, matrix)]
     return {"matrices": rows, "seconds": time.perf_counter() - began}
+
+
+def solve_tensors(plan: Plan, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read and solve one step, and hand over what it gives instead of writing it; see ``solve_step``."""
+    began, step = time.perf_counter(), plan.steps[name]
+    with torch.no_grad():
+        tensors = dict(_tensors(plan, step))
+    rows = [row for matrix in step.matrices for row in _rows(plan, matrix)]
+    return {"matrices": rows, "seconds": time.perf_counter() - began}, tensors
 
 
 def _rows(plan: Plan, matrix: Matrix) -> list[dict[str, Any]]:

@@ -126,7 +126,7 @@ def _perplexity(source: Source, options: QuantizeOptions, text: str) -> float:
     kind = model_class(source.config(), source.name)
     with quiet_loading():
         model = kind.from_pretrained(
-            source.folder, quantization_config=BitloftConfig(options), dtype=torch.float32, use_safetensors=True
+            source.whole(), quantization_config=BitloftConfig(options), dtype=torch.float32, use_safetensors=True
         )
     limit = getattr(model.config, "max_position_embeddings", None) or LENGTH
     found = evaluate(model, Path(text), tokenizer=source.tokenizer, length=min(LENGTH, limit), limit=LIMIT)

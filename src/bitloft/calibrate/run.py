@@ -31,7 +31,7 @@ from bitloft.journal import Journal
 from bitloft.options import QuantizeOptions
 from bitloft.slots import Slots
 from bitloft.solvers import Statistics
-from bitloft.stream import Clock, Plan, Progress, Step, copy_rest, limited, solve_step
+from bitloft.stream import Clock, Plan, Progress, Spread, Step, copy_rest, in_turn, limited
 
 OUTSIDE = ""  # the name of what is in no block
 
@@ -67,18 +67,20 @@ def run_calibrated(
     *,
     threads: int,
     progress: Progress | None,
+    spread: Spread = in_turn,
 ) -> Calibration:
     """Do what the journal does not yet hold, block by block, under statistics of the text ``options.calibrate``.
 
     Statistics are read from ``options.statistics`` where it has them, and written there where not (without it, to the
-    run's own work directory). Raises OptionError for a model that cannot be run, DataError for a text too short.
+    run's own work directory). ``spread`` solves the matrices of a block, which are independent.
+    Raises OptionError for a model that cannot be run, DataError for a text too short.
     """
     identity = text_identity(source, options)
     directory = options.statistics and Path(options.statistics)
     saved = Saved(directory or journal.directory.parent / "statistics", identity)
     with limited(threads), torch.no_grad():
         body = Body(source)
-        job = _Job(body, plan, slots, journal, saved, Clock(plan, journal, progress))
+        job = _Job(body, plan, slots, journal, saved, Clock(plan, journal, progress), spread)
         job.batches = read_batches(
             str(options.calibrate), body.model, source.tokenizer,
             samples=options.samples, length=options.calibrate_length,
@@ -96,6 +98,7 @@ class _Job:
     journal: Journal
     saved: Saved
     clock: Clock
+    spread: Spread
     batches: Sequence[Batch] = ()
 
     def run(self, text: str) -> Calibration:
@@ -164,8 +167,8 @@ class _Job:
             self.report.reused += bool(todo)
         quantizer = self.plan.quantizer
         quantizer.statistics = _Known(known)
-        for name in todo:
-            self.journal.add(name, solve_step(self.plan, name, self.slots))
+        for name, record in self.spread(self.plan, self.slots, todo):
+            self.journal.add(name, record)
             self.clock.tick(name)
         quantizer.statistics = {}
 

@@ -1,4 +1,4 @@
-"""The dense model to quantize: a hub name, a safetensors folder or a GGUF file, never a pickle.
+"""The dense model to quantize: a hub name, a safetensors folder (or its URL) or a GGUF file, never a pickle.
 
 Tensors of a folder are read one at a time, by name (``shards.py``); a GGUF file is converted whole by transformers,
 since its tensors have other names, orders and number formats than the model's.
@@ -6,7 +6,7 @@ since its tensors have other names, orders and number formats than the model's.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bitloft.checkpoint import fingerprint, ignored_pickles, read_json, sha256, 
 from bitloft.errors import CheckpointError
 from bitloft.float8 import BLOCK, Stored, is_float8, with_scales
 from bitloft.integrations.loading import model_class, quiet_loading
+from bitloft.integrations.remote import fetch_small, fetch_whole, is_url, remote_entries, remote_fingerprint
 from bitloft.shards import NAMES, Spec, open_shards, shard_files
 
 # what a hub model is made of: weights, configs and tokenizer, but not the same weights in other layouts
@@ -32,7 +33,9 @@ UNWANTED = ["*/*", "consolidated*"]
 class Source:
     """Where a dense model comes from: files in ``folder``, one of them ``gguf`` where it is a GGUF file.
 
-    ``commit`` is the hub's, None for local files. ``ignored`` are pickles beside the weights, never opened.
+    ``commit`` is the hub's, None for local files; ``url`` is where the weights of a folder lie in storage, of which
+    ``folder`` then holds the small files and headers (``remote.py``). ``ignored`` are pickles beside the weights, never
+    opened.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Source:
     gguf: str | None = None
     commit: str | None = None
     ignored: tuple[str, ...] = ()
+    url: str | None = None
 
     def fingerprint(self) -> str:
         """Identity of the dense model: its weight files' names and contents, or for a hub name its commit."""
@@ -47,6 +51,8 @@ class Source:
             return sha256(Path(self.folder) / self.gguf)
         if self.commit:
             return hashlib.sha256(f"{self.name}@{self.commit}".encode()).hexdigest()
+        if self.url:
+            return remote_fingerprint(Path(self.folder), self.url)
         return fingerprint(shard_files(Path(self.folder)))
 
     def files(self) -> list[str] | None:
@@ -65,11 +71,18 @@ class Source:
 
         Raises CheckpointError for damaged shards, and for a model that is quantized already.
         """
-        entries = open_shards(Path(self.folder))
+        folder = Path(self.folder)
+        entries = remote_entries(folder, self.url) if self.url else open_shards(folder)
         settings = self.config().get("quantization_config")
         if settings is not None and not is_float8(entries):
             raise CheckpointError(f"{self.name} is quantized already; quantize the 16-bit model that it was made of.")
         return with_scales(entries, _block(settings))
+
+    def whole(self) -> str:
+        """The folder, with the weights of a URL fetched into it, for a reader that wants files."""
+        if self.url:
+            fetch_whole(Path(self.folder), self.url)
+        return self.folder
 
     def load(self) -> PreTrainedModel:
         """The whole dense model, in the dtype of its file (GGUF: float16), on CPU."""
@@ -82,7 +95,7 @@ class Source:
                     f"{self.name} is quantized already; quantize the 16-bit model that it was made of."
                 )
             kind = model_class(self.config(), self.name)
-            model: PreTrainedModel = kind.from_pretrained(self.folder, dtype="auto", use_safetensors=True)
+            model: PreTrainedModel = kind.from_pretrained(self.whole(), dtype="auto", use_safetensors=True)
             return model
 
     @cached_property
@@ -113,7 +126,9 @@ class Held:
 
 
 def open_source(model: str) -> Source:
-    """Find a model; a hub name is downloaded. Raises CheckpointError naming what is missing."""
+    """Find a model; hub names are downloaded, URLs read as needed. Raises CheckpointError naming what is missing."""
+    if is_url(model):
+        return replace(_folder(model.rstrip("/").rpartition("/")[2], fetch_small(model)), url=model)
     path = Path(model)
     if path.is_file():
         if path.suffix != ".gguf":

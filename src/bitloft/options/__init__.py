@@ -7,6 +7,7 @@ from bitloft.options.compress import METHODS, CompressOptions, RebaseOptions
 from bitloft.options.convert import CODES, CONTAINS, DENSE_DTYPES, TARGETS, ConvertOptions, MergeOptions
 from bitloft.options.fields import BASE_MISMATCH, DTYPES, option, require
 from bitloft.options.generate import KEY_VARIABLE, LOOPBACK, GenerateOptions, ServeOptions
+from bitloft.options.plan import PlanOptions
 from bitloft.options.quantize import SOLVERS, QuantizeOptions
 from bitloft.options.recipe import REGIMES, Recipe, read_recipe
 from bitloft.options.train import SCHEDULES, STARTS, EvalOptions, TrainOptions
@@ -30,6 +31,7 @@ __all__ = [
     "EvalOptions",
     "GenerateOptions",
     "MergeOptions",
+    "PlanOptions",
     "QuantizeOptions",
     "RebaseOptions",
     "Recipe",
