@@ -10,7 +10,7 @@ SOLVERS = ("loftq", "calibrated", "qlora", "qalora")
 METRICS = ("full", "diagonal", "none")
 FEEDBACK = ("forward", "reverse", "activation", "none")
 VARIANTS = ("residual", "projection")
-PARTS = ("start", "scales", "norms")  # that refine can tune
+PARTS = ("start", "scales", "norms", "codes")  # that refine can tune
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class QuantizeOptions:
     damping: float = option(0.03, "added to the second moment, in parts of its mean diagonal")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
-    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms; repeat for more")
+    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms, codes; repeat for more")
     target: tuple[str, ...] = option((), "quantize only linears whose name matches one of these shell patterns")
     skip: tuple[str, ...] = option((), "leave linears whose name matches one of these shell patterns in 16 bit")
     embeddings: bool = option(False, "quantize token tables too; with a tied head, head must be given as well")
