@@ -203,7 +203,7 @@ def _errors(plan: Plan, model: nn.Module) -> dict[str, tuple[float, float]]:
     errors = {}
     for name, layer, dense in _packed(plan, model):
         if dense is not None:
-            without = relative(dense - decode(layer.packed_weight()), dense)
+            without = relative(layer.turned(dense) - decode(layer.packed_weight()), dense)
             errors[name] = (without, relative(dense - layer.dense(), dense))
     return errors
 

@@ -38,7 +38,7 @@ class TunedLinear(nn.Module):
         self.layer = layer
         packed = layer.packed_weight()
         scaled = scales and packed.scales.numel() > 0 and not layer.format.dq
-        self.a = nn.Parameter(layer.start_a().contiguous()) if start and layer.rank else None
+        self.a = nn.Parameter(_stored_a(layer)) if start and layer.rank else None
         self.bt = nn.Parameter(layer.start_b().T.contiguous()) if start and layer.rank else None
         self.gain = nn.Parameter(torch.ones(packed.scales.shape)) if scaled else None
         self.place = None if weight is None else nn.Parameter(positions(weight, layer))
@@ -52,7 +52,7 @@ class TunedLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         layer, device = self.layer, input.device.type
-        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+        x = layer.turned(input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input)
         if self.gain is None and self.place is None:
             y = packed_product(x, layer.packed_weight())
         else:
@@ -66,7 +66,7 @@ class TunedLinear(nn.Module):
         """A and B^T as they are stored, or would be."""
         layer = self.layer
         if self.a is None or self.bt is None:
-            return layer.start_a(), layer.start_b().T
+            return _stored_a(layer), layer.start_b().T
         return _Rounded.apply(self.a, layer.start_format), _Rounded.apply(self.bt, layer.start_format)  # type: ignore[no-untyped-call]
 
     def values(self) -> Float[Tensor, "rows columns"]:
@@ -99,13 +99,21 @@ def positions(weight: Float[Tensor, "rows columns"], layer: QuantLinear) -> Floa
     packed = layer.packed_weight()
     grids, codes = Grids.of(packed), _stored_codes(packed)
     at = torch.arange(weight.shape[1]) // grids.size
-    target = weight - layer.scaling * (layer.start_b() @ layer.start_a()) if layer.rank else weight
+    target = layer.turned(weight)
+    if layer.rank:
+        target = target - layer.scaling * (layer.start_b() @ _stored_a(layer))
     found = (target - grids.shifts[:, at]) / grids.scales[:, at].clamp_min(1e-30) + grids.zeros[:, at]
     levels = grids.levels
     middles, margin = (levels[1:] + levels[:-1]) / 2, INSIDE * (levels[-1] - levels[0])
     lowest = torch.cat([levels[:1], middles + margin])[codes.int()]
     highest = torch.cat([middles - margin, levels[-1:]])[codes.int()]
     return found.clamp(lowest, highest)
+
+
+def _stored_a(layer: QuantLinear) -> Float[Tensor, "rank columns"]:
+    """A0 as it is stored, for inputs that may be rotated."""
+    start = layer.packed_start()
+    return ops.decode(start[0]) if start else torch.zeros(0, layer.in_features)
 
 
 def _stored_codes(packed: PackedTensor) -> Tensor:

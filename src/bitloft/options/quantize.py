@@ -58,6 +58,7 @@ class QuantizeOptions:
     )
     split: str = option("0", "directions of W that the start keeps before quantizing: a number, or auto")
     damping: float = option(0.03, "added to the second moment, in parts of its mean diagonal")
+    rotate: bool = option(False, "rotate the inputs of every linear layer (randomized Hadamard), at run time")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
     refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms, codes; repeat for more")
@@ -106,6 +107,10 @@ class QuantizeOptions:
         )
         require_positive(self, "samples", "damping")
         require(self.calibrate_length >= 2, f"calibrate_length is {self.calibrate_length}; use 2 tokens or more.")
+        require(
+            not (self.rotate and self.solver == "qalora"),
+            "qalora merges adapters by groups of inputs, which rotate mixes; leave one of them out.",
+        )
         require(self.sweeps >= 0, f"sweeps is {self.sweeps}; use 0 or more.")
         require(self.rounds >= 1, f"rounds is {self.rounds}; use 1 or more.")
         require(self.split == "auto" or self.split.isdecimal(), f"split is {self.split!r}; use a number or auto.")
