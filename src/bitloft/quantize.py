@@ -131,7 +131,7 @@ class QuantizeReport:
             del found[key]
         for row in found["matrices"]:
             del row["seconds"]
-        for key in ("gathered", "reused") if self.calibration is not None else ():
+        for key in ("gathered", "reused", "seconds") if self.calibration is not None else ():
             del found["calibration"][key]
         return found
 
@@ -192,7 +192,8 @@ def quantize(
         record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
         write_manifest(directory, "base", record)
         times = {matrix.name: matrix.seconds for matrix in report.matrices}
-        write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times})
+        stages = {} if calibration is None else {"stages": calibration.seconds}
+        write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times, **stages})
     return report
 
 

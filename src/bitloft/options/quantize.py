@@ -47,6 +47,9 @@ class QuantizeOptions:
     samples: int = option(128, "sequences of the calibration text")
     calibrate_length: int = option(512, "tokens of a calibration sequence")
     statistics: str | None = option(None, "directory that keeps what was measured, for other runs on the same text")
+    fisher: bool = option(
+        False, "weigh outputs by the 16-bit model's loss gradients on calibrate; that model is in memory whole"
+    )
     metric: str = option("full", "full second moment of the inputs, its diagonal, or none (weights only, no text)")
     feedback: str = option(
         "activation", "order in which codes correct each other: forward, reverse, activation, or none"
@@ -110,6 +113,10 @@ class QuantizeOptions:
         require(
             not (self.rotate and self.solver == "qalora"),
             "qalora merges adapters by groups of inputs, which rotate mixes; leave one of them out.",
+        )
+        require(
+            not self.fisher or (self.solver == "calibrated" and self.metric != "none"),
+            "fisher weighs the errors of the solver calibrated on a text; use that solver, or leave fisher out.",
         )
         require(self.sweeps >= 0, f"sweeps is {self.sweeps}; use 0 or more.")
         require(self.rounds >= 1, f"rounds is {self.rounds}; use 1 or more.")
