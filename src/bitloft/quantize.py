@@ -10,8 +10,10 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ from bitloft.options import QuantizeOptions
 from bitloft.shards import INDEX
 from bitloft.slots import Slots, lay_out, reserve, write
 from bitloft.stream import Plan, Progress, make_plan, run
-from bitloft.widths import Widths, choose_widths
+from bitloft.widths import Widths, choose_widths, perplexity_of
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
@@ -162,7 +164,7 @@ def quantize(
     _check_run(str(model), jobs, threads, calibrated=options.solver == "calibrated" and options.metric != "none")
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
-    options, widths = choose_widths(source, options, progress)
+    options, widths = choose_widths(source, options, progress, partial(_tried, model, Path(out), threads))
     plan = make_plan(source, options)
     if options.refine:
         sequences(source, plan, options)  # what cannot be refined is refused now, not after hours
@@ -195,6 +197,15 @@ def quantize(
         stages = {} if calibration is None else {"stages": calibration.seconds}
         write_json(directory / TIMES, {"seconds": report.seconds, "resumed": resumed, "matrices": times, **stages})
     return report
+
+
+def _tried(model: str | Path, out: Path, threads: int, options: QuantizeOptions, text: str) -> float:
+    """The perplexity of a base made by ``options`` in one round, without refining; beside ``out``, and then gone."""
+    quick = replace(options, rounds=1, sweeps=0, refine=0, refine_parts=("start",), statistics=None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+        quantize(model, Path(place) / "base", quick, threads=threads)
+        return perplexity_of(Path(place) / "base", text)
 
 
 def _check_run(model: str, jobs: int, threads: int, *, calibrated: bool) -> None:
