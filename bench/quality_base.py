@@ -4,8 +4,10 @@ SmolLM2 on WikiText-2 (`valid` to train and calibrate, its last tenth held out o
 `test` to judge) and on GSM8K's answers, MiniLM on SST-2 and MRPC (SmolLM2's own weights come from a 4-bit grid,
 MiniLM's do not). ``base_grid.plan`` has the rows. The grid takes days: bases are kept below --work, cells in
 bench/results/cells with commit and settings, a run goes on where the last one stopped, the 2-bit column first, and the
-JSON says what has not been run. ``--quick`` is three rows at 2 bits, one seed, 8 steps after 8 of refining; ``--smoke``
-random models. ``--report`` only reads the cells, ``--verify N`` measures N of them anew.
+JSON says what has not been run. ``--row``, ``--bits``, ``--steps`` and ``--seed`` measure a part of it. ``--quick`` is
+three rows at 2 bits and one seed: 8 steps after 8 of refining in place of 120 after 120, bases of one round and one
+sweep on 16 sequences in place of 128, one learning rate, 8 judged sequences of 64; ``--smoke`` random models.
+``--report`` only reads the cells, ``--verify N`` measures N of them anew.
 
 Folders: --smollm2, --minilm, --shared, --work (or BITLOFT_SMOLLM2, BITLOFT_MINILM, BITLOFT_SHARED, BITLOFT_GRID).
 """
@@ -37,13 +39,22 @@ SAME = 1e-3  # nats by which a cell measured anew may differ: threads and load l
 
 
 def main() -> int:
-    given = harness.grid_arguments(harness.grid_parser(__doc__))
+    given = harness.grid_arguments(parser())
     harness.begin(given)
     cells = harness.RESULTS / "cells" / f"quality_base-{given.mode}.jsonl"
     if given.mode == "smoke" or given.work is None:
         with tempfile.TemporaryDirectory() as place:
             return run(given, Path(place), harness.Cells(None if given.mode == "smoke" else cells))
     return run(given, given.work, harness.Cells(cells))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = harness.grid_parser(__doc__)
+    made.add_argument("--row", action="append", default=[], help="measure these rows only")
+    made.add_argument("--bits", action="append", type=float, default=[], help="measure these columns only")
+    made.add_argument("--steps", action="append", type=int, default=[], help="measure after so many steps only")
+    made.add_argument("--seed", action="append", type=int, default=[], help="measure these seeds only")
+    return made
 
 
 def run(given: argparse.Namespace, place: Path, cells: harness.Cells) -> int:
@@ -53,7 +64,12 @@ def run(given: argparse.Namespace, place: Path, cells: harness.Cells) -> int:
         if given.verify:
             differing = verify(work, given.verify)
         else:
-            measure(work, given.hours)
+            try:
+                part = effort.only(given.row, given.bits, given.steps, given.seed)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
+            measure(work, part, given.hours)
     planned = list(effort.cells())
     missing = sorted({f"{c.row.name} {c.bits} {c.task}" for c in planned if cells.find(c.key) is None})
     show(cells, effort)
@@ -63,10 +79,10 @@ def run(given: argparse.Namespace, place: Path, cells: harness.Cells) -> int:
     return 1 if differing else 0
 
 
-def measure(work: Work, hours: float) -> None:
-    """Every cell that is missing, in the order of the plan, until the hours are over."""
+def measure(work: Work, part: Effort, hours: float) -> None:
+    """Every cell of a part that is missing, in the order of the plan, until the hours are over."""
     began = time.monotonic()
-    for cell in work.effort.cells():
+    for cell in part.cells():
         if cell.row.maker not in ("none", "bitloft") and not available(cell.row.maker):
             continue
         if cell.task not in work.models or time.monotonic() - began > 3600 * hours:
@@ -105,7 +121,7 @@ def opened(given: argparse.Namespace, place: Path, cells: harness.Cells, effort:
         tokenizer = load_tokenizer(models[name])
         if name in PAIRS:
             return Pairs(tokenizer, pairs[name], 8 * effort.batch)
-        return Text(tokenizer, files[name], effort.batch, effort.length, effort.judged)
+        return Text(tokenizer, files[name], effort.batch, effort.length, effort.judged, effort.held)
 
     return Work(place, effort, cells, models, texts, task)
 

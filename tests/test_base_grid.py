@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def test_the_two_bit_column_comes_first_and_ablations_last() -> None:
     assert len({str(c.key) for c in cells if c.row.maker != "none"}) == sum(c.row.maker != "none" for c in cells)
     first = cells[: len(cells) // len(full.tasks)]
     assert {c.task for c in first} == {"wikitext2"}
-    assert cells[0].key == {"row": LORA16, "bits": 16.0, "task": "wikitext2", "seed": 0, "steps": 120}
+    assert cells[0].key == {"row": LORA16, "bits": 16.0, "task": "wikitext2", "seed": 0, "steps": 240}
+    column = [c for c in first if c.bits in (16.0, 2.25) and c.steps in (120, 240)][: 3 * len(full.rows)]
+    assert [c.seed for c in column] == sorted(c.seed for c in column)
     bits = [c.bits for c in first if c.row.maker != "none"]
     assert bits == sorted(bits)
     assert {c.steps for c in cells if c.row.refined} == {120, 480}
@@ -80,7 +83,7 @@ def test_held_out_rows_choose_the_rate_and_test_rows_are_read_once(
 ) -> None:
     asked: list[tuple[float, str]] = []
 
-    def run(self: Work, cell: Cell, steps: int, rate: float, which: str) -> dict[str, Any]:
+    def run(self: Work, cell: Cell, rate: float, which: str) -> dict[str, Any]:
         asked.append((rate, which))
         return {"loss": 1.0 + abs(rate - 5e-4)}
 
@@ -90,6 +93,61 @@ def test_held_out_rows_choose_the_rate_and_test_rows_are_read_once(
     assert {cell["rate"] for cell in found} == {5e-4}
     assert asked[:2] == [(2e-4, "held"), (5e-4, "held")]
     assert asked[2:] == [(5e-4, "test")] * 4
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(2e-4, [2e-4, 5e-4, 1e-3]), (5e-4, [2e-4, 5e-4, 1e-3]), (1e-3, [5e-4, 1e-3])]
+)
+def test_rates_are_tried_from_the_middle_while_the_loss_falls(
+    best: float, tried: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def run(self: Work, cell: Cell, rate: float, which: str) -> dict[str, Any]:
+        asked.append(rate)
+        return {"loss": abs(math.log(rate / best))}
+
+    monkeypatch.setattr(Work, "_run", run)
+    effort = replace(EFFORT, rates=(2e-4, 5e-4, 1e-3))
+    work = Work(tmp_path, effort, harness.Cells(None), {}, {}, lambda name: pytest.fail("no task is opened"))
+    assert work.rate(Cell(ROW[LORA16], 16.0, "wikitext2", 1, 240)) == best
+    assert sorted(asked) == tried
+
+
+def test_what_chose_the_rate_is_not_trained_twice(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    trained: list[int] = []
+    usual = Work._tune
+
+    def tune(self: Work, task: Any, model: Any, tuned: Any, seed: int, steps: int, rate: float) -> float:
+        trained.append(steps)
+        return usual(self, task, model, tuned, seed, steps, rate)
+
+    monkeypatch.setattr(Work, "_tune", tune)
+    text = "the quick brown fox jumps over the lazy dog " * 200
+    files = split_files(tmp_path, "t", ".txt", text, text[:900], text[:2000])
+    effort = Effort(ROWS, (2.25,), ("t",), (0, 1), (2,), (5e-4, 1e-3), 1, 2, 16, judged=2, held=1)
+    task = Text(AutoTokenizer.from_pretrained(tiny_model), files, 2, 16, 2, 1)
+    work = Work(tmp_path, effort, harness.Cells(None), {"t": tiny_model}, {"t": files["train"]}, lambda name: task)
+    found = work.cell(Cell(ROW[LORA16], 16.0, "t", 0, 2))
+    assert trained == [2, 2]  # one run for each rate; the judged cell is one of them
+    assert found["loss"] != work.cells.find({**Cell(ROW[LORA16], 16.0, "t", 0, 2).key, "rate": found["rate"]})["loss"]  # type: ignore[index]
+    again = Work(**{**vars(work), "cells": harness.Cells(None), "directory": tmp_path / "fresh"})
+    assert again.cell(Cell(ROW[LORA16], 16.0, "t", 0, 2))["loss"] == pytest.approx(found["loss"], abs=1e-5)
+    work.cell(Cell(ROW[LORA16], 16.0, "t", 1, 2))
+    assert trained[-1] == 2
+    assert len(trained) == 5
+
+
+def test_a_part_of_the_grid_can_be_chosen() -> None:
+    part = effort_of("full").only([LORA16, OURS], [2.25], [120], [1])
+    found = {(c.row.name, c.bits, c.steps, c.seed) for c in part.cells() if c.task == "wikitext2"}
+    assert found == {(LORA16, 16.0, 120, 1), (LORA16, 16.0, 240, 1), (OURS, 2.25, 120, 1)}
+    with pytest.raises(ValueError, match="'my row' is none of the rows 16-bit LoRA, LoftQ nf"):
+        effort_of("full").only(["my row"], [], [], [])
 
 
 def test_report_reads_cells_alone(
@@ -120,7 +178,7 @@ def test_losses_are_means_over_tokens(tiny_model: Path, tmp_path: Path) -> None:
 
     text = "the quick brown fox jumps over the lazy dog " * 200
     files = split_files(tmp_path, "t", ".txt", text, text[:900], text[:2000])
-    task = Text(AutoTokenizer.from_pretrained(tiny_model), files, 2, 16, 10)
+    task = Text(AutoTokenizer.from_pretrained(tiny_model), files, 2, 16, 10, 3)
     monkey = pytest.MonkeyPatch()
     monkey.setattr("base_grid.tasks.JUDGED_LENGTH", 64)
     monkey.setattr("base_grid.tasks.choose_precision", lambda asked, device: _exact())

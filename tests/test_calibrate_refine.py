@@ -36,7 +36,7 @@ def made(model: Path, out: Path, text: Path, **settings: Any) -> QuantizeReport:
     return quantize(model, out, **given)
 
 
-@pytest.mark.parametrize("parts", [("start",), ("start", "scales", "norms"), ("scales",)])
+@pytest.mark.parametrize("parts", [("start",), ("start", "scales", "norms"), ("scales",), ("start", "scales", "codes")])
 def test_the_loss_falls_and_the_base_holds_what_was_measured(
     tiny_model: Path, tmp_path: Path, text: Path, parts: tuple[str, ...]
 ) -> None:
@@ -52,7 +52,7 @@ def test_the_loss_falls_and_the_base_holds_what_was_measured(
     assert [m.bytes for m in report.matrices] == [m.bytes for m in plain.matrices]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "refined"))
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert not any(key.endswith("_proj.weight") for key in changed)  # codes never move
+    assert any(key.endswith("_proj.weight") for key in changed) == ("codes" in parts)
     assert any("norm" in key for key in changed) == ("norms" in parts)
     assert any(key.endswith("weight_scales") for key in changed) == ("scales" in parts)
     assert any(key.endswith(".a0") for key in changed) == ("start" in parts)
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitloft.calibrate.tuning.SAVE_EVERY", 5)
-    settings: dict[str, Any] = {"refine_parts": ("start", "scales", "norms")}
+    settings: dict[str, Any] = {"refine_parts": ("start", "scales", "norms", "codes")}
     whole = made(tiny_model, tmp_path / "whole", text, **settings)
 
     def killed(done: int, total: int, what: str) -> None:
@@ -127,8 +127,8 @@ def test_what_cannot_be_refined_is_refused(tiny_model: Path, tmp_path: Path, tex
         made(tiny_model, tmp_path / "out", text)
     with pytest.raises(OptionError, match="refine tunes on a text; give calibrate too"):
         quantize(tiny_model, tmp_path / "out", refine=3)
-    with pytest.raises(OptionError, match="unknown refine_parts 'codes'; use one of start, scales, norms"):
-        made(tiny_model, tmp_path / "out", text, refine_parts=("codes",))
+    with pytest.raises(OptionError, match="unknown refine_parts 'biases'; use one of start, scales, norms, codes"):
+        made(tiny_model, tmp_path / "out", text, refine_parts=("biases",))
 
 
 def test_every_step_takes_trained_sequences_only(tiny_model: Path, text: Path) -> None:

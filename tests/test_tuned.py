@@ -8,6 +8,7 @@ from bitloft.modules.linear import QuantLinear
 from bitloft.modules.tuned import TunedLinear
 from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan
+from bitloft.solvers.grids import Grids
 from bitloft.solvers import solve
 
 FORMATS = ("lm2:32", "nf4:32", "uniform3:32", "uniform2:tensor", "book2:32", "lm2:32+shift", "lm4:row", "lm2:32+dq")
@@ -89,3 +90,49 @@ def test_the_gradient_goes_straight_through_the_rounding() -> None:
     (found,) = torch.autograd.grad(tuned(x).sum(), [tuned.a])
     _, bt = tuned._factors()
     assert torch.allclose(found, 0.5 * bt.detach().sum(1, keepdim=True) * x.sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != "uniform2:tensor"])
+def test_positions_begin_in_the_cells_of_the_codes(fmt: str) -> None:
+    layer, x = layer_of(fmt), torch.randn(3, 72)
+    weight = torch.randn(40, 72)  # of no code's cell: all must be brought into one
+    tuned = TunedLinear(layer, start=False, scales=False, weight=weight)
+    assert torch.allclose(tuned.values(), layer.dense() - 0.5 * layer.start_b() @ layer.start_a(), atol=1e-5)
+    assert torch.allclose(tuned(x), layer(x), atol=1e-3)
+    near = layer.dense() + 0.02 * torch.randn(40, 72)
+    assert tuned.place is not None
+    inside = TunedLinear(layer, start=False, scales=False, weight=near).place
+    assert inside is not None
+    assert not torch.equal(inside, tuned.place)
+
+
+@pytest.mark.parametrize("fmt", ["lm2:32", "lm3:32", "uniform2:tensor", "nf4:32", "book2:32", "lm2:32+shift", "lm2:32+dq"])
+@pytest.mark.parametrize("scales", [False, True])
+def test_codes_get_the_gradient_of_the_dense_matrix(fmt: str, scales: bool) -> None:
+    layer = layer_of(fmt)
+    tuned = TunedLinear(layer, start=False, scales=scales, weight=layer.dense())
+    x, wanted = torch.randn(5, 72), torch.randn(5, 40)
+    assert tuned.place is not None
+    (found,) = torch.autograd.grad((tuned(x) * wanted).sum(), [tuned.place])
+    grids = Grids.of(layer.packed_weight())
+    dense = wanted.T @ x * grids.scales[:, torch.arange(72) // grids.size]
+    levels = grids.levels
+    out = ((tuned.place > levels[-1]) & (dense < 0)) | ((tuned.place < levels[0]) & (dense > 0))
+    assert torch.allclose(found, dense.masked_fill(out, 0), atol=1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["lm2:32", "lm3:32", "uniform3:32", "uniform2:tensor", "lm2:32+shift", "lm2:32+dq"])
+def test_moved_codes_settle_as_they_were_tuned(fmt: str) -> None:
+    layer, x = layer_of(fmt), torch.randn(3, 72)
+    tuned = TunedLinear(layer, start=False, scales=True, weight=layer.dense())
+    before = layer.weight.clone()
+    assert tuned.place is not None
+    with torch.no_grad():
+        tuned.place.add_(tuned.spacing * torch.randn_like(tuned.place))
+        if tuned.gain is not None:
+            tuned.gain.mul_(1 + 0.1 * torch.rand_like(tuned.gain))
+    wanted = tuned(x).detach()
+    changed = tuned.settle()
+    assert not torch.equal(layer.weight, before)
+    assert torch.equal(changed["weight"].view(torch.uint8), layer.weight.view(torch.uint8))
+    assert float((layer(x) - wanted).norm() / wanted.norm()) < 1e-3

@@ -188,3 +188,27 @@ def test_nan_is_named(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"tensor model\.layers\.0\.mlp\.up_proj holds NaN"):
         quantize(folder, tmp_path / "base", target_bits=3.0)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_widths_are_chosen_by_the_calibrated_error_and_tried(uneven: Path, tmp_path: Path, fisher: bool) -> None:
+    """The report's errors are those of one round at the widths that it names, and the check is of finished bases."""
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 30, encoding="utf-8")
+    given: dict[str, Any] = {"solver": "calibrated", "rank": 4, "calibrate": str(text), "samples": 8}
+    given |= {"calibrate_length": 32, "rounds": 1, "sweeps": 0, "format": "lm2:64", "fisher": fisher}
+    report = quantize(uneven, tmp_path / "base", target_bits=3.0, check_text=str(text), **given)
+    found = report.widths
+    assert found is not None
+    assert found.counted == ("loss" if fisher else "outputs")
+    assert report.true_bits <= 3.0
+    assert found.error < found.uniform_error
+    assert found.perplexity is not None
+    assert found.uniform_perplexity is not None
+    measured = widths.perplexity_of(tmp_path / "base", str(text))
+    assert measured == pytest.approx(min(found.perplexity, found.uniform_perplexity), rel=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "text.txt"]
+    if not fisher:  # the sum over matrices of what their own reports say, but for the inputs behind quantized blocks
+        first = [m for m in report.matrices if ".layers.0." in m.name and "q_proj" in m.name]
+        assert first[0].calibrated is not None
+        assert 0 < first[0].calibrated["after"] < 1

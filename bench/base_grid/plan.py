@@ -5,8 +5,8 @@ A row is a way to make a base and the way it is trained on: ``start`` trains the
 training steps wherever the two are compared.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 RANK = 16  # of every trained adapter, and of every start that is trained
@@ -103,31 +103,49 @@ class Effort:
     refine: int
     batch: int = 4
     length: int = 256
-    judged: int = 64  # sequences of 512 tokens, or rows
+    judged: int = 64  # sequences of 512 tokens of the test text, its first ones, or rows
+    held: int = 24  # the same, to choose the learning rate by
     samples: int = 128  # calibration sequences of 512 tokens
+    base: Mapping[str, Any] = field(default_factory=dict)  # settings of every calibrated base, where some are cut
 
     def cells(self) -> Iterator[Cell]:
-        """The 2-bit column and the first task first, ablations last; every seed of a cell before the next cell."""
+        """The first task, the 2-bit column, the fewest steps and the first seed first, ablations last; of a row without
+        refining the run that is granted its steps before the one that is not."""
         for task in self.tasks:
             for bits in self.bits:
                 for steps in self.steps:
-                    for row in self.rows:
-                        if row.maker == "none" or bits in row.formats:
-                            yield from self._runs(row, bits, task, steps)
+                    for seed in self.seeds:
+                        for row in self.rows:
+                            if row.maker == "none" or bits in row.formats:
+                                at = 16.0 if row.maker == "none" else bits
+                                for run in (steps,) if row.refined else (steps + self.refine, steps):
+                                    yield Cell(row, at, task, seed, run)
 
-    def _runs(self, row: Row, bits: float, task: str, steps: int) -> Iterator[Cell]:
-        at = 16.0 if row.maker == "none" else bits
-        for seed in self.seeds:
-            yield Cell(row, at, task, seed, steps)
-        for seed in () if row.refined else self.seeds:
-            yield Cell(row, at, task, seed, steps + self.refine)
+    def only(self, rows: Sequence[str], bits: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> "Effort":
+        """A part of the grid; an empty choice is all. Raises ValueError for what is not in it."""
+        known = {"rows": [row.name for row in self.rows], "bits": self.bits, "steps": self.steps, "seeds": self.seeds}
+        for name, asked in (("rows", rows), ("bits", bits), ("steps", steps), ("seeds", seeds)):
+            for one in asked:
+                if one not in known[name]:
+                    raise ValueError(f"{one!r} is none of the {name} {', '.join(map(str, known[name]))}")
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows if not rows or row.name in rows),
+            bits=tuple(bits) or self.bits,
+            steps=tuple(steps) or self.steps,
+            seeds=tuple(seeds) or self.seeds,
+        )
+
+
+CUT: dict[str, Any] = {"rounds": 1, "sweeps": 1}
 
 
 def effort_of(mode: str) -> Effort:
-    """``quick`` is the 2-bit column of three rows, one seed, an eighth of the steps and one learning rate."""
+    """``quick`` is the 2-bit column of three rows, one seed and one learning rate, with a fifteenth of the steps and bases
+    of one round and few samples."""
     if mode == "full":
         return Effort(ROWS + ABLATIONS, BITS, TASKS, SEEDS, STEPS, RATES, REFINE)
     few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))
     if mode == "quick":
-        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (5e-4,), 8, batch=2, length=128, judged=4, samples=8)
+        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (1e-3,), 8, judged=8, samples=16, base=CUT)
     return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4)

@@ -54,6 +54,7 @@ class Text:
     size: int
     length: int
     judged: int
+    held: int
 
     def __post_init__(self) -> None:
         self.collate = Collator.for_tokenizer(self.tokenizer)
@@ -84,7 +85,7 @@ class Text:
         return sums, torch.bincount(owners, minlength=size)
 
     def judging(self, which: str) -> Iterator[dict[str, Tensor]]:
-        chosen = self.examples(which)[: self.judged]
+        chosen = self.examples(which)[: self.held if which == "held" else self.judged]
         return (self.collate(chosen[i : i + 4]) for i in range(0, len(chosen), 4))
 
 

@@ -1,9 +1,12 @@
 """Bases and cells: each base is made once and kept below the working directory, each training run is one cell.
 
-The learning rate of a row at some bits is the one of least held-out loss after the fewest steps with the first seed.
-Only runs at that rate are judged on the test rows; the first of them repeats the run that chose it.
+The learning rate of a row at some bits is the one of least held-out loss after the fewest steps with the first seed. The
+loss is taken to have one minimum over the rates: they are tried from the middle one upwards while it falls, and
+downwards only where it did not fall upwards. What was trained to choose a rate is kept, and the cell that it is judges
+it on the test rows.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -15,6 +18,7 @@ from typing import Any
 
 import harness
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +70,7 @@ class Work:
     def _quantize(self, row: Row, bits: float, model: Path, text: Path, out: Path) -> dict[str, Any]:
         settings = dict(row.settings)
         if row.calibrated:
-            settings |= {"calibrate": str(text), "samples": self.effort.samples}
+            settings |= {"calibrate": str(text), "samples": self.effort.samples, **self.effort.base}
         if row.refined:
             settings["refine"] = self.effort.refine
         if "target_bits" in settings:
@@ -98,19 +102,32 @@ class Work:
         return self.cells.get(cell.key, lambda: self._trained(cell))
 
     def rate(self, cell: Cell) -> float:
-        """The rate for a row at some bits and a task, by one cell for each rate."""
-        effort, losses = self.effort, {}
-        for rate in effort.rates if len(effort.rates) > 1 else ():
-            key = Cell(cell.row, cell.bits, cell.task, effort.seeds[0], effort.steps[0]).key | {"rate": rate}
-            losses[rate] = self.cells.get(key, partial(self._run, cell, effort.steps[0], rate, "held"))["loss"]
-        return min(losses, key=lambda rate: losses[rate]) if losses else effort.rates[0]
+        """The rate for a row at some bits and a task, by one cell for each rate that is tried."""
+        rates = sorted(self.effort.rates)
+        if len(rates) == 1:
+            return rates[0]
+        first = Cell(cell.row, cell.bits, cell.task, self.effort.seeds[0], self.effort.steps[0])
+
+        def loss(rate: float) -> float:
+            key = first.key | {"rate": rate}
+            found: float = self.cells.get(key, partial(self._run, first, rate, "held"))["loss"]
+            return found
+
+        best = len(rates) // 2
+        for way in (1, -1):
+            moved = False
+            while 0 <= best + way < len(rates) and loss(rates[best + way]) < loss(rates[best]):
+                best, moved = best + way, True
+            if moved:
+                break
+        return rates[best]
 
     def _trained(self, cell: Cell) -> dict[str, Any]:
         rate = self.rate(cell)
-        return {"rate": rate} | self._run(cell, cell.steps, rate, "test") | self.facts(cell.row, cell.bits, cell.task)
+        return {"rate": rate} | self._run(cell, rate, "test") | self.facts(cell.row, cell.bits, cell.task)
 
-    def _run(self, cell: Cell, steps: int, rate: float, which: str) -> dict[str, Any]:
-        """Train one adapter and judge it."""
+    def _run(self, cell: Cell, rate: float, which: str) -> dict[str, Any]:
+        """Train one adapter, or take the one that chose the rate, and judge it."""
         task, row = self.tasks(cell.task), cell.row
         model = _opened(self.base(row, cell.bits, cell.task), "trainable" if row.trains == "start" else "frozen")
         head = task.prepare(model)
@@ -119,11 +136,25 @@ class Work:
         else:
             adapted = fresh_adapter(model, rank=RANK, alpha=RANK, targets=_targets(model), seed=cell.seed)
         tuned = [p for p in adapted.parameters() if p.requires_grad and not any(p is h for h in head)] + head
+        about = cell.key | {"rate": rate} | self._made()["settings"]
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        kept = self.directory / "trained" / f"{name[:24]}.safetensors"
         began = time.perf_counter()
-        last = self._tune(task, model, tuned, cell.seed, steps, rate)
-        spent = time.perf_counter() - began
+        if kept.is_file():
+            held = load_file(kept)
+            for i, parameter in enumerate(tuned):
+                parameter.data.copy_(held[str(i)])
+            facts = {"last_loss": round(float(held["loss"]), 4), "train_seconds": round(float(held["seconds"]), 1)}
+        else:
+            loss = self._tune(task, model, tuned, cell.seed, cell.steps, rate)
+            facts = {"last_loss": loss, "train_seconds": round(time.perf_counter() - began, 1)}
+            if which == "held":
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                tensors = {str(i): parameter.detach().contiguous() for i, parameter in enumerate(tuned)}
+                said = {"loss": torch.tensor(loss), "seconds": torch.tensor(facts["train_seconds"])}
+                save_file(tensors | said, kept)
         found = _figures(judge(task, model.eval(), which))
-        return found | {"last_loss": last, "train_seconds": round(spent, 1)} | self._made()
+        return found | facts | self._made()
 
     def _tune(
         self, task: Task, model: nn.Module, tuned: list[nn.Parameter], seed: int, steps: int, rate: float
@@ -148,8 +179,9 @@ class Work:
 
     def _made(self) -> dict[str, Any]:
         effort = self.effort
-        shape = {"batch": effort.batch, "length": effort.length, "judged": effort.judged, "refine": effort.refine}
-        return {"commit": harness.commit(), "settings": shape | {"samples": effort.samples}}
+        shape = {"batch": effort.batch, "length": effort.length, "judged": effort.judged, "held": effort.held}
+        shape |= {"refine": effort.refine, "samples": effort.samples, **effort.base}
+        return {"commit": harness.commit(), "settings": shape}
 
 
 def _figures(judged: Mapping[str, float | None]) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def _widths(widths: Any) -> str:
     """What target_bits came to, for people; ``widths`` is a Widths or None."""
     if widths is None:
         return "as asked"
-    found = f"target {widths.target_bits}: squared error {widths.error:.4g}, {widths.uniform} for all has "
+    what = {"weights": "squared error", "outputs": "error of outputs", "loss": "loss added"}[widths.counted]
+    found = f"target {widths.target_bits}: {what} {widths.error:.4g}, {widths.uniform} for all has "
     found += f"{widths.uniform_error:.4g} in {widths.uniform_bits:.3f} bits"
     if widths.perplexity is None:
         return f"{found}; not checked on text (give --check-text)"

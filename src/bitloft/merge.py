@@ -13,7 +13,7 @@ to the start's format, and cost the bits of a higher rank. Matrices that the ada
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,10 @@ def _merge_all(
         if isinstance(layer, QuantLinear):
             kind = StoredModule.read(config.modules[name], config.options, name).kind
             solution, stored = _merged(name, layer, pair, options, config.options)
-            change = _changes(layer.dense() + pair.product(), solution, pair)
+            change = _changes(layer.turned(layer.dense() + pair.product()), solution, pair)
             merged = _layer_of(layer, solution, stored)
             replace_module(model, name, merged)
-            entry = StoredModule(stored.format, stored.start_rank, stored.scaling, kind, config.options.start_format)
+            entry = StoredModule.of(stored, config.options, kind)
             config.modules[name] = entry.entry(config.options)
             start = solution.start
             size, start_size = solution.weight.nbytes, 0 if start is None else start.a.nbytes + start.bt.nbytes
@@ -190,7 +190,8 @@ def _merged(
     """The new codes and start of one matrix, and the settings that they are stored with."""
     rank = _rank(name, layer, pair, options)
     scaling = layer.scaling or 1.0
-    plan = ModulePlan(options.format or str(layer.format), "loftq" if rank else "qlora", rank, scaling * rank)
+    solver = "loftq" if rank else "qlora"
+    plan = ModulePlan(options.format or str(layer.format), solver, rank, scaling * rank, rotated=layer.rotated)
     if options.codes == "new":
         return solve(name, layer.dense() + pair.product(), plan, base), plan
     start = _grown_start(layer, pair, rank, scaling, Format.parse(base.start_format))
@@ -200,10 +201,11 @@ def _merged(
 def _grown_start(layer: QuantLinear, pair: Pair, rank: int, scaling: float, fmt: Format) -> Start:
     """A start of ``rank`` for s0*B0*A0 + s*B*A. With room for both, A0 and B0 are kept: what lies on a format's grid is
     not rounded again, and only the adapter is. Else the sum's leading components."""
+    pair, a0 = replace(pair, a=layer.turned(pair.a)), layer.turned(layer.start_a())
     if rank >= layer.rank + pair.rank:
         a, bt = _balanced(pair, pair.rank, scaling)
-        return pack_start(torch.cat([layer.start_a(), a]), torch.cat([layer.start_b().T, bt]), scaling, fmt)
-    both = stacked(Pair(layer.start_a(), layer.scaling * layer.start_b()), pair)
+        return pack_start(torch.cat([a0, a]), torch.cat([layer.start_b().T, bt]), scaling, fmt)
+    both = stacked(Pair(a0, layer.scaling * layer.start_b()), pair)
     return pack_start(*_balanced(both, rank, scaling), scaling, fmt)
 
 
@@ -254,6 +256,7 @@ def _layer_of(layer: QuantLinear, solution: Solution, plan: ModulePlan) -> Quant
         rank=plan.start_rank,
         scaling=plan.scaling,
         start_format=None if solution.start is None else solution.start.a.format,
+        rotated=plan.rotated,
     )
     made.load_solution(solution)
     return made

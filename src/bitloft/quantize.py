@@ -9,8 +9,10 @@ manifest does not list.
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ from bitloft.options import QuantizeOptions
 from bitloft.shards import INDEX
 from bitloft.slots import Slots, bytes_of, lay_out, reserve, write
 from bitloft.stream import Plan, Progress, in_turn, make_plan, run
-from bitloft.widths import Widths, choose_widths
+from bitloft.widths import Widths, choose_widths, perplexity_of
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
@@ -132,7 +134,7 @@ class QuantizeReport:
             del found[key]
         for row in found["matrices"]:
             del row["seconds"]
-        for key in ("gathered", "reused") if self.calibration is not None else ():
+        for key in ("gathered", "reused", "seconds") if self.calibration is not None else ():
             del found["calibration"][key]
         return found
 
@@ -166,7 +168,7 @@ def quantize(
     _check_cluster(str(model), jobs, threads, cluster)
     check_free(out, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
-    options, widths = choose_widths(source, options, progress)
+    options, widths = choose_widths(source, options, progress, partial(_tried, model, Path(out), threads))
     plan = make_plan(source, options)
     if options.refine:
         sequences(source, plan, options)  # what cannot be refined is refused now, not after hours
@@ -206,7 +208,17 @@ def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name
     record = {"fingerprint": report.fingerprint, "source": made_of, "bitloft_version": __version__}
     write_manifest(directory, "base", record)
     times = {matrix.name: matrix.seconds for matrix in report.matrices}
-    write_json(directory / TIMES, {"seconds": report.seconds, "resumed": report.resumed, "matrices": times})
+    stages = {} if report.calibration is None else {"stages": report.calibration.seconds}
+    write_json(directory / TIMES, {"seconds": report.seconds, "resumed": report.resumed, "matrices": times, **stages})
+
+
+def _tried(model: str | Path, out: Path, threads: int, options: QuantizeOptions, text: str) -> float:
+    """The perplexity of a base made by ``options`` in one round, without refining; beside ``out``, and then gone."""
+    quick = replace(options, rounds=1, sweeps=0, refine=0, refine_parts=("start",), statistics=None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+        quantize(model, Path(place) / "base", quick, threads=threads)
+        return perplexity_of(Path(place) / "base", text)
 
 
 def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) -> None:

@@ -18,11 +18,13 @@ from bitloft.options import QuantizeOptions
 from bitloft.patterns import first_layers_of, matches, split_rule
 
 KINDS = ("linear", "conv1d", "embedding", "experts")
+ROTATED = ("linear", "conv1d")  # what a rotation is for: a table has no inputs, experts share theirs with a router
 
 
 @dataclass(frozen=True)
 class ModulePlan:
     """How one matrix is quantized and repaired. ``alpha`` None means the rank: scaling 1, sqrt(rank) with rslora.
+    ``rotated``: codes and start stand for rotated inputs (``solvers.rotation``).
 
     Raises OptionError for qalora in a format that its adapters cannot merge into.
     """
@@ -32,6 +34,7 @@ class ModulePlan:
     rank: int
     alpha: float | None = None
     rslora: bool = False
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.solver == "qalora" and not Format.parse(self.format).shift:
@@ -113,17 +116,19 @@ def _first(rules: Sequence[tuple[str, str]], name: str) -> str | None:
 
 @dataclass(frozen=True)
 class StoredModule:
-    """What config.json says of one packed module: enough to allocate its tensors before any is read."""
+    """What config.json says of one packed module: enough to allocate its tensors before any is read, and whether they
+    stand for rotated inputs."""
 
     format: str
     rank: int
     scaling: float
     kind: str
     start_format: str
+    rotated: bool = False
 
     @classmethod
     def of(cls, plan: ModulePlan, options: QuantizeOptions, kind: str = "linear") -> "StoredModule":
-        return cls(plan.format, plan.start_rank, plan.scaling, kind, options.start_format)
+        return cls(plan.format, plan.start_rank, plan.scaling, kind, options.start_format, plan.rotated)
 
     @classmethod
     def read(cls, entry: Any, options: QuantizeOptions, name: str) -> "StoredModule":
@@ -133,9 +138,11 @@ class StoredModule:
         """
         default = cls.of(plan_of(options), options)
         given = {"format": entry} if isinstance(entry, str) else entry
-        known = {"format": str, "rank": int, "scaling": (int, float), "kind": str, "start_format": str}
+        known = {"format": str, "rank": int, "scaling": (int, float), "kind": str, "start_format": str, "rotated": bool}
         if not isinstance(given, Mapping) or any(
-            key not in known or not isinstance(value, known[key]) or isinstance(value, bool)  # type: ignore[arg-type]
+            key not in known
+            or not isinstance(value, known[key])  # type: ignore[arg-type]
+            or isinstance(value, bool) != (key == "rotated")
             for key, value in given.items()
         ):
             raise CheckpointError(f"quantization_config says {entry!r} of module {name}; it is damaged or newer.")

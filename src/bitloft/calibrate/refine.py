@@ -1,23 +1,24 @@
 """One tuning of a finished base against the model that it was made of: what repairs the base is the base's.
 
 Matrices were solved one by one; what their errors do together only the whole model shows (RILQ, arXiv 2412.01129). So
-the start A0, B0 of every packed linear, and optionally scales and norms, are tuned for a few hundred steps on general
-text (``tuning`` has the loss), rounded as they are stored, and written in their old places. All
-adapters share the result and carry their task alone.
+the start A0, B0 of every packed linear, and optionally scales, norms and the codes themselves, are tuned for a few
+hundred steps on general text (``tuning`` has the loss), rounded as they are stored, and written in their old places.
+All adapters share the result and carry their task alone.
 
-Memory: the packed model, float copies of what is tuned and twice that of AdamW's moments. The teacher goes first, one
+Memory: the packed model, float copies of what is tuned and twice that of AdamW's moments (with codes, a dozen bytes
+for every weight of the model). The teacher goes first, one
 block at a time (``teacher``); its last hidden states wait on disk, 2 bytes a value. Both are in
 OUT.work/refine, which a resumed run goes on from. A part of the text is held out: a tuning that does not lower the loss
 there is dropped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitloft.calibrate.teacher import TeacherStates
@@ -26,7 +27,7 @@ from bitloft.errors import DataError, OptionError
 from bitloft.integrations.loading import load
 from bitloft.integrations.source import Source
 from bitloft.kernels.ops import decode
-from bitloft.modules.linear import QuantConv1D, quant_linears, replace_module
+from bitloft.modules.linear import QuantConv1D, QuantLinear, quant_linears, replace_module
 from bitloft.modules.tuned import TunedLinear
 from bitloft.options import QuantizeOptions
 from bitloft.shards import DTYPES
@@ -38,6 +39,7 @@ from bitloft.tasks.rows import read_rows
 
 LENGTH = 256  # tokens of a sequence
 BATCH = 4
+CODES_SHARE = 20.0  # of the learning rate, in distances between levels
 HELD = 16  # sequences that are measured and never trained on
 
 Progress = Callable[[int, int, str], None]
@@ -91,7 +93,7 @@ def refine(
     precision = choose_precision("auto", model.device)
     held = [teacher.batch(range(i, i + BATCH)) for i in range(0, HELD, BATCH)]
     before = Student(model, {}, precision).measure(held)
-    student = Student(model, _tuned(model, options), precision)
+    student = Student(model, _tuned(model, plan, options), precision)
     order = _order(len(ids), options)
     tune(
         student,
@@ -152,19 +154,21 @@ def _order(count: int, options: QuantizeOptions) -> list[int]:
     return order
 
 
-def _tuned(model: nn.Module, options: QuantizeOptions) -> dict[str, tuple[nn.Parameter, float]]:
+def _tuned(model: nn.Module, plan: Plan, options: QuantizeOptions) -> dict[str, tuple[nn.Parameter, float]]:
     """Everything to tune that ``refine_parts`` names, with its share of the learning rate; the model's packed linears
     are replaced by tuned ones."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tuned: dict[str, tuple[nn.Parameter, float]] = {}
-    for name, layer in quant_linears(model).items():
-        stand_in = TunedLinear(layer, **{part: part in options.refine_parts for part in ("start", "scales")})
+    flags = {part: part in options.refine_parts for part in ("start", "scales")}
+    for name, layer, weight in _packed(plan, model, read="codes" in options.refine_parts):
+        stand_in = TunedLinear(layer, **flags, weight=weight if layer.format.family != "half" else None)
         replace_module(model, name, stand_in)
-        for leaf in ("a", "bt", "gain"):
+        shares = {"a": 1.0, "bt": 1.0, "gain": 1.0, "place": CODES_SHARE * stand_in.spacing}
+        for leaf, share in shares.items():
             parameter = getattr(stand_in, leaf)
             if parameter is not None:
-                tuned[f"{name}.{leaf}"] = (parameter, 1.0)
+                tuned[f"{name}.{leaf}"] = (parameter, share)
     for name, parameter in model.named_parameters() if "norms" in options.refine_parts else ():
         if _is_norm(model, name):
             parameter.requires_grad_(True)
@@ -196,14 +200,26 @@ def _settle(student: Student, plan: Plan) -> dict[str, Tensor]:
 @torch.no_grad()
 def _errors(plan: Plan, model: nn.Module) -> dict[str, tuple[float, float]]:
     """The errors of every packed linear anew, from the source's weights."""
-    errors, layers = {}, quant_linears(model)
+    errors = {}
+    for name, layer, dense in _packed(plan, model):
+        if dense is not None:
+            without = relative(layer.turned(dense) - decode(layer.packed_weight()), dense)
+            errors[name] = (without, relative(dense - layer.dense(), dense))
+    return errors
+
+
+def _packed(
+    plan: Plan, model: nn.Module, *, read: bool = True
+) -> Iterator[tuple[str, QuantLinear, Float[Tensor, "rows columns"] | None]]:
+    """Every packed linear by its name, with the matrix [out, in] that it was made of (None unless ``read``)."""
+    layers = quant_linears(model)
+    if not read:
+        yield from ((name, layer, None) for name, layer in layers.items())
+        return
     for step in plan.steps.values():
         names = {matrix.target: matrix.name for matrix in step.matrices if matrix.name in layers}
         for target, weight in step.reading.read(plan.skeleton.tensors, plan.skeleton.model) if names else ():
-            layer = layers.get(names.get(target, ""))
-            if layer is None:
-                continue
-            dense = weight.float().T if isinstance(layer, QuantConv1D) else weight.float()
-            without = relative(dense - decode(layer.packed_weight()), dense)
-            errors[names[target]] = (without, relative(dense - layer.dense(), dense))
-    return errors
+            name = names.get(target, "")
+            if name in layers:
+                layer = layers[name]
+                yield name, layer, weight.float().T if isinstance(layer, QuantConv1D) else weight.float()

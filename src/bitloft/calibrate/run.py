@@ -10,16 +10,19 @@ outside of all blocks (an output head) come last, under what they read from the 
 """
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitloft.calibrate.blocks import Stack, stacks_of
+from bitloft.calibrate.gradients import output_weights
 from bitloft.calibrate.replay import Replay, Whole, linked, reproduces, trace
 from bitloft.calibrate.statistics import Gatherer, Saved
 from bitloft.calibrate.text import Batch, read_batches
@@ -39,7 +42,8 @@ OUTSIDE = ""  # the name of what is in no block
 @dataclass
 class Calibration:
     """What was gathered. ``way`` says how: block by block, or why the whole model had to be in memory. ``gathered`` and
-    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.)"""
+    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.) ``seconds`` are
+    this run's by stage: ``gradients``, ``gather``, ``solve`` (with reading and writing) and ``advance``."""
 
     text: str
     sequences: int
@@ -47,6 +51,16 @@ class Calibration:
     way: str
     gathered: int = 0
     reused: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the time of what is inside to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def text_identity(source: Source, options: QuantizeOptions) -> dict[str, Any]:
@@ -85,7 +99,7 @@ def run_calibrated(
             str(options.calibrate), body.model, source.tokenizer,
             samples=options.samples, length=options.calibrate_length,
         )  # fmt: skip
-        report = job.run(Path(str(options.calibrate)).name)
+        report = job.run(Path(str(options.calibrate)).name, source if options.fisher else None)
     copy_rest(plan, slots, journal)
     return report
 
@@ -100,13 +114,16 @@ class _Job:
     clock: Clock
     spread: Spread
     batches: Sequence[Batch] = ()
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # module -> what its outputs weigh
 
-    def run(self, text: str) -> Calibration:
-        stacks = stacks_of(self.body.model)
-        self.body.fill_all_but([block for stack in stacks for block in stack.blocks])
-        walker, stacks, way = self._walker(stacks)
+    def run(self, text: str, weighed: Source | None) -> Calibration:
+        """``weighed``: the source of gradients, None to count all outputs alike."""
+        walker, stacks, way = walker_of(self.body, self.batches)
         rows = sum(len(batch.inputs["input_ids"]) for batch in self.batches)
         self.report = Calibration(text, rows, sum(batch.tokens for batch in self.batches), way)
+        if weighed is not None:
+            with self.report.timed("gradients"):
+                self.rows = self.saved.gradients(lambda: output_weights(weighed, self.batches))
         for stack in stacks:
             walker.capture(self.batches, stack)
             for at, block in enumerate(stack.blocks):
@@ -118,19 +135,6 @@ class _Job:
                 if gatherer is not None:
                     walker.finish(self.batches, lambda number: gatherer.begin(self.batches[number].masks))
         return self.report
-
-    def _walker(self, stacks: list[Stack]) -> tuple[Replay | Whole, list[Stack], str]:
-        """How the blocks are run, found out by one real forward of one sequence."""
-        probe = Batch({key: value[:1] for key, value in self.batches[0].inputs.items()})
-        traced = trace(self.body, stacks, probe)
-        found = linked(traced, stacks) if stacks else "its class names no blocks (_no_split_modules)"
-        why = found if isinstance(found, str) else reproduces(self.body, traced, found, probe)
-        if why is None and not isinstance(found, str):
-            forms = {name: output for name, _, output in traced.calls}
-            return Replay(self.body, found, forms), found, "block by block"
-        counts = Counter(name for name, _, _ in traced.calls)
-        stacks = [Stack(tuple(b for b in stack.blocks if counts[b])) for stack in stacks]
-        return Whole(self.body, self.batches, counts), stacks, f"whole model in memory: {why}"
 
     def _steps(self, block: str) -> list[str]:
         """The steps of a block."""
@@ -145,7 +149,8 @@ class _Job:
                 walker.gather(at, lambda number: gatherer.begin(self.batches[number].masks))
         for name in steps:
             self._put_stored(self.plan.steps[name])
-        walker.advance(at)
+        with self.report.timed("advance"):
+            walker.advance(at)
         self.body.drop(block)
 
     @contextmanager
@@ -157,7 +162,7 @@ class _Job:
         known = self.saved.read(block) if todo else {}
         if known is None:
             gatherer = Gatherer(self.body.model, wanted)
-            with gatherer.hooked():
+            with gatherer.hooked(), self.report.timed("gather"):
                 yield gatherer
             known = gatherer.statistics()
             self.saved.write(block, known)
@@ -166,10 +171,11 @@ class _Job:
             yield None
             self.report.reused += bool(todo)
         quantizer = self.plan.quantizer
-        quantizer.statistics = _Known(known)
-        for name, record in self.spread(self.plan, self.slots, todo):
-            self.journal.add(name, record)
-            self.clock.tick(name)
+        quantizer.statistics = Known(known, self.rows)
+        with self.report.timed("solve"):
+            for name, record in self.spread(self.plan, self.slots, todo):
+                self.journal.add(name, record)
+                self.clock.tick(name)
         quantizer.statistics = {}
 
     def _put_stored(self, step: Step) -> None:
@@ -181,8 +187,32 @@ class _Job:
             self.body.put(matrix.target, dense_of(model, matrix.name, kinds[matrix.name].kind, tensors))
 
 
-class _Known(dict[str, Statistics]):
-    """Statistics by matrix; empty ones for a matrix that no token reached, such as an expert that no token chose."""
+def walker_of(body: Body, batches: Sequence[Batch]) -> tuple[Replay | Whole, list[Stack], str]:
+    """How the blocks of a model are run, found out by one real forward of one sequence; and how to say it.
+
+    Everything outside of the blocks is filled.
+    """
+    stacks = stacks_of(body.model)
+    body.fill_all_but([block for stack in stacks for block in stack.blocks])
+    probe = Batch({key: value[:1] for key, value in batches[0].inputs.items()})
+    traced = trace(body, stacks, probe)
+    found = linked(traced, stacks) if stacks else "its class names no blocks (_no_split_modules)"
+    why = found if isinstance(found, str) else reproduces(body, traced, found, probe)
+    if why is None and not isinstance(found, str):
+        forms = {name: output for name, _, output in traced.calls}
+        return Replay(body, found, forms), found, "block by block"
+    counts = Counter(name for name, _, _ in traced.calls)
+    stacks = [Stack(tuple(b for b in stack.blocks if counts[b])) for stack in stacks]
+    return Whole(body, batches, counts), stacks, f"whole model in memory: {why}"
+
+
+class Known(dict[str, Statistics]):
+    """Statistics by matrix, with the weights of outputs where there are any; empty ones for a matrix that no token
+    reached, such as an expert that no token chose."""
+
+    def __init__(self, statistics: Mapping[str, Statistics], rows: Mapping[str, Tensor]) -> None:
+        super().__init__(statistics)
+        self.rows = rows
 
     def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name, Statistics(None))
+        return replace(super().get(name, Statistics(None)), rows=self.rows.get(name))

@@ -136,6 +136,16 @@ class Saved:
         replace_tensors(self.file(block), moments, {"identity": self.identity, "inputs": json.dumps(inputs)})
 
 
+    def gradients(self, measure: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The weights of outputs by module path: those of a file here, or measured and kept. Raises CheckpointError for
+        a file that was measured on something else."""
+        file = self.file("gradients")
+        if self.read("gradients") is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            replace_tensors(file, dict(measure()), {"identity": self.identity, "inputs": "{}"})
+        return read_tensors(file)
+
+
 def read_moments(directory: str | Path) -> dict[str, Tensor]:
     """Module path -> second moment [in, in] of its inputs, from a directory of statistics, as ``compress`` takes them.
 

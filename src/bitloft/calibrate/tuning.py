@@ -26,6 +26,7 @@ HIDDEN_SHARE = 0.5  # RILQ (arXiv 2412.01129) weighs the two losses alike
 WARMUP = 10  # steps in which the rate rises
 SAVE_EVERY = 25
 LARGEST_GRADIENT = 1.0
+LEAST_GRADIENT = 1e-12  # what AdamW divides by at least: one code of millions has gradients near its usual 1e-8
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def tune(
     names = list(student.tuned)
     parameters = [student.tuned[name][0] for name in names]
     groups = [{"params": [p], "lr": rate * share, "peak": rate * share} for p, share in student.tuned.values()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, eps=LEAST_GRADIENT)
     first = _restore(state, names, parameters, optimizer)
     for step in range(first, steps):
         for group in optimizer.param_groups:

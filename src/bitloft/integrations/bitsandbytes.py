@@ -43,6 +43,8 @@ def block_of(fmt: Format, columns: int) -> int | None:
 
 def dense_reason(model: PreTrainedModel, name: str, layer: QuantLinear) -> str | None:
     """Why a packed linear has to be written dense for ``load_in_4bit``; None where it need not be."""
+    if layer.rotated:
+        return "its codes stand for rotated inputs"
     if block_of(layer.format, layer.in_features) is None:
         return f"no block of bitsandbytes divides its rows of {layer.in_features}"
     if not should_convert_module(name, list(model._keep_in_fp32_modules or [])):

@@ -59,6 +59,8 @@ def _parts_reason(model: Any) -> str | None:
             continue
         if type(module) is not QuantLinear:
             return f"layers.{name} is a {type(module).__name__}, not packed"
+        if module.rotated:
+            return f"layers.{name} rotates its inputs"
         if module.weight.device.type != "cpu":
             return f"it lies on {module.weight.device}"
         if not multiplies(module.format):

@@ -92,6 +92,7 @@ def _linear(dense: nn.Module, stored: StoredModule) -> QuantLinear:
         rank=stored.rank,
         scaling=stored.scaling,
         start_format=Format.parse(stored.start_format),
+        rotated=stored.rotated,
         device=weight.device,
     )
 

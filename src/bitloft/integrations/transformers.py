@@ -5,7 +5,7 @@ the meta device, then tensors load by name. Quantizing on load goes through the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from typing import Any
 
@@ -38,7 +38,7 @@ from bitloft.integrations.packing import (
 from bitloft.modules.parts import stored_tensors
 from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions
-from bitloft.rules import ModulePlan, StoredModule, resolve
+from bitloft.rules import ROTATED, ModulePlan, StoredModule, resolve
 from bitloft.solvers import Solution, Statistics, solve
 from bitloft.solvers.base import Calibrated
 
@@ -123,6 +123,9 @@ class BitloftQuantizer(HfQuantizer):
             selection = select_modules(model, config.options, weights_in(model, checkpoint_files))
             self.left = selection.left
             self.plans = resolve(tuple(selection.chosen), config.options)
+            if config.options.rotate:
+                kinds = selection.chosen
+                self.plans = {n: replace(plan, rotated=kinds[n] in ROTATED) for n, plan in self.plans.items()}
             # a config of its own: the caller may quantize other models by the same one
             config = BitloftConfig(config.options, modules=entries(self.plans, config.options, selection.chosen))
             self.quantization_config = config

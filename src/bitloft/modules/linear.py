@@ -21,12 +21,14 @@ from bitloft.modules.arrangement import Arrangement
 from bitloft.modules.parts import allocate, held, load_tensors, solution_tensors
 from bitloft.packed import PackedTensor
 from bitloft.solvers.base import Solution
+from bitloft.solvers.rotation import rotated, unrotated
 
 
 class QuantLinear(Arrangement, nn.Linear):
     """A linear layer whose weight [out_features, in_features] is stored in ``format``.
 
-    ``rank`` 0 means no start. Computes in the dtype of its input (under autocast, in autocast's dtype); only the input
+    ``rank`` 0 means no start. ``rotated``: codes and A0 stand for x R (``solvers.rotation``), which every forward makes
+    of its input; what is on top of the layer, such as an adapter, reads x. Computes in the dtype of its input (under autocast, in autocast's dtype); only the input
     and the bias get gradients.
     """
 
@@ -40,11 +42,12 @@ class QuantLinear(Arrangement, nn.Linear):
         rank: int = 0,
         scaling: float = 0.0,
         start_format: Format | None = None,
+        rotated: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would allocate the dense weight
         self.in_features, self.out_features = in_features, out_features
-        self.format, self.rank, self.scaling = format, rank, scaling
+        self.format, self.rank, self.scaling, self.rotated = format, rank, scaling, rotated
         self.start_format = start_format if rank else None
         self.start_enabled = True
         self.batch_invariant = False  # one kernel and one order of sums at any number of rows
@@ -67,9 +70,10 @@ class QuantLinear(Arrangement, nn.Linear):
         )
 
     def start_a(self) -> Float[Tensor, "rank columns"]:
-        """A0 in float32; [0, in] without a start."""
+        """A0 in float32, for the layer's own inputs; [0, in] without a start."""
         start = self.packed_start()
-        return ops.decode(start[0]) if start else torch.zeros(0, self.in_features)
+        a = ops.decode(start[0]) if start else torch.zeros(0, self.in_features)
+        return unrotated(a) if self.rotated else a
 
     def start_b(self) -> Float[Tensor, "rows rank"]:
         """B0 in float32; [out, 0] without a start."""
@@ -79,19 +83,24 @@ class QuantLinear(Arrangement, nn.Linear):
     def dense(self) -> Float[Tensor, "rows columns"]:
         """The matrix that this layer multiplies by, Q + s0 * B0 @ A0 (Q alone while the start is disabled), float32."""
         weight = ops.decode(self.packed_weight())
+        weight = unrotated(weight) if self.rotated else weight
         if self.start_format is not None and self.start_enabled:
             weight = weight + self.scaling * (self.start_b() @ self.start_a())
         return weight
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         return packed_product(
-            input,
+            self.turned(input),
             self._held() if torch.compiler.is_compiling() else self.operand(),
             self._start() if self.start_enabled else None,
             bias=self.bias,
             addend=None if self.deltas is None else self.deltas(input),
             invariant=self.batch_invariant,
         )
+
+    def turned(self, rows: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch columns"]:
+        """Inputs, or rows of a matrix that reads them, as the codes and A0 stand for them."""
+        return rotated(rows) if self.rotated else rows
 
     def _start(self) -> Start | None:
         """The start for products, the same object while no tensor is replaced."""
@@ -106,7 +115,8 @@ class QuantLinear(Arrangement, nn.Linear):
 
     def extra_repr(self) -> str:
         start = f", start=rank {self.rank} in {self.start_format}" if self.start_format else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}{start}"
+        turned = ", rotated" if self.rotated else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}{start}{turned}"
 
     def tensors_of(self, solution: Solution) -> dict[str, Tensor]:
         """The module tensors, by name, that hold a solution of this layer's shape and formats."""

@@ -1,11 +1,14 @@
-"""TunedLinear: a packed layer while its start, and optionally its scales, are tuned; the codes stay as they are.
+"""TunedLinear: a packed layer while its start, and optionally its scales and codes, are tuned.
 
-    y = x (G o Q)^T + s0 * (x A^T) B^T + bias,   G = one gain per stored scale, 1 at first
+    y = x (G o Q(V))^T + s0 * (x A^T) B^T + bias    G = one gain per stored scale, 1 at first
+                                                    Q(V) = scale * (level nearest to V - zero) + shift
 
 A and B are tuned in float and rounded to the start's format in every forward, the gradient going straight through
 (Bengio et al. 2013, arXiv 1308.3432): rounding at the end instead lost two thirds of what tuning had gained. G
 multiplies whole groups, so the gradient of a gain is that of the matrix summed over its group: one dense gradient lives
-at a time. Gains, not scales, are tuned because then one learning rate fits matrices of any magnitude.
+at a time. Gains, not scales, are tuned because then one learning rate fits matrices of any magnitude. V are positions
+of the codes on their grid, for the same reason; they begin where W says, but within the cell of the code that was
+chosen (``positions``), so that nothing changes at first and what is nearly another code becomes it first.
 """
 
 from typing import Any
@@ -19,29 +22,41 @@ from bitloft.kernels import ops
 from bitloft.kernels.product import packed_product
 from bitloft.modules.linear import QuantLinear
 from bitloft.modules.parts import load_tensors, tensor_name
-from bitloft.packed import PackedTensor, pack_halves, scale_exponent, scales_of, unpack_halves
+from bitloft.packed import PackedTensor, pack_bits, pack_halves, scale_exponent, scales_of, unpack_bits, unpack_halves
+from bitloft.solvers.grids import Grids
+
+INSIDE = 1e-3  # of a cell: how far from its border a position begins at least
 
 
 class TunedLinear(nn.Module):
     """Stands in for ``layer``: with ``start`` trainable ``a`` [rank, in] and ``bt`` [rank, out], with ``scales``
-    ``gain`` of the stored scales' shape; None where the layer has no start, no scales or stores them in 8 bits."""
+    ``gain`` of the stored scales' shape; None where the layer has no start, no scales or stores them in 8 bits. With
+    ``weight`` [out, in], the matrix that the layer stands for, its codes train as ``place`` [out, in]."""
 
-    def __init__(self, layer: QuantLinear, *, start: bool, scales: bool) -> None:
+    def __init__(self, layer: QuantLinear, *, start: bool, scales: bool, weight: Tensor | None = None) -> None:
         super().__init__()
         self.layer = layer
-        weight = layer.packed_weight()
-        scaled = scales and weight.scales.numel() > 0 and not layer.format.dq
-        self.a = nn.Parameter(layer.start_a().contiguous()) if start and layer.rank else None
+        packed = layer.packed_weight()
+        scaled = scales and packed.scales.numel() > 0 and not layer.format.dq
+        self.a = nn.Parameter(_stored_a(layer)) if start and layer.rank else None
         self.bt = nn.Parameter(layer.start_b().T.contiguous()) if start and layer.rank else None
-        self.gain = nn.Parameter(torch.ones(weight.scales.shape)) if scaled else None
+        self.gain = nn.Parameter(torch.ones(packed.scales.shape)) if scaled else None
+        self.place = None if weight is None else nn.Parameter(positions(weight, layer))
+        self._grids = None if weight is None else Grids.of(packed)
+
+    @property
+    def spacing(self) -> float:
+        """The mean distance of two levels: what a position moves by between codes."""
+        levels = Grids.of(self.layer.packed_weight()).levels
+        return float(levels[-1] - levels[0]) / (len(levels) - 1)
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         layer, device = self.layer, input.device.type
-        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
-        if self.gain is None:
+        x = layer.turned(input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input)
+        if self.gain is None and self.place is None:
             y = packed_product(x, layer.packed_weight())
         else:
-            y = _GainedLinear.apply(x, self.gain, layer.packed_weight())  # type: ignore[no-untyped-call]
+            y = _TunedProduct.apply(x, self.gain, self.place, self)  # type: ignore[no-untyped-call]
         if layer.rank:
             a, bt = self._factors()
             y = y + layer.scaling * ((x @ a.to(x.dtype).T) @ bt.to(x.dtype))
@@ -51,8 +66,14 @@ class TunedLinear(nn.Module):
         """A and B^T as they are stored, or would be."""
         layer = self.layer
         if self.a is None or self.bt is None:
-            return layer.start_a(), layer.start_b().T
+            return _stored_a(layer), layer.start_b().T
         return _Rounded.apply(self.a, layer.start_format), _Rounded.apply(self.bt, layer.start_format)  # type: ignore[no-untyped-call]
+
+    def values(self) -> Float[Tensor, "rows columns"]:
+        """Q(V), float32."""
+        if self.place is None or self._grids is None:
+            return ops.decode(self.layer.packed_weight())
+        return self._grids.values(_codes(self.place, self._grids.levels))
 
     @torch.no_grad()
     def settle(self) -> dict[str, Tensor]:
@@ -61,12 +82,51 @@ class TunedLinear(nn.Module):
         layer.restore()  # what is written below is in the stored order
         if self.a is not None and self.bt is not None and layer.start_format is not None:
             packed = {"a0": ops.encode(self.a, layer.start_format), "b0": ops.encode(self.bt, layer.start_format)}
+        weight = layer.packed_weight()
+        if self.place is not None and self._grids is not None:
+            weight = packed["weight"] = _recoded(weight, _codes(self.place, self._grids.levels))
         if self.gain is not None:
-            packed["weight"] = _rescaled(layer.packed_weight(), self.gain)
+            packed["weight"] = _rescaled(weight, self.gain)
         parts = {tensor_name(p, part): t for p, held in packed.items() for part, t in held.tensors().items()}
-        changed = {name: tensor for name, tensor in parts.items() if name != "weight"}  # codes are as they were
+        changed = {name: tensor for name, tensor in parts.items() if name != "weight" or self.place is not None}
         load_tensors(layer, changed)
         return changed
+
+
+@torch.no_grad()
+def positions(weight: Float[Tensor, "rows columns"], layer: QuantLinear) -> Float[Tensor, "rows columns"]:
+    """Where ``weight`` less the layer's start lies on the grid of each code, brought into the cell of that code."""
+    packed = layer.packed_weight()
+    grids, codes = Grids.of(packed), _stored_codes(packed)
+    at = torch.arange(weight.shape[1]) // grids.size
+    target = layer.turned(weight)
+    if layer.rank:
+        target = target - layer.scaling * (layer.start_b() @ _stored_a(layer))
+    found = (target - grids.shifts[:, at]) / grids.scales[:, at].clamp_min(1e-30) + grids.zeros[:, at]
+    levels = grids.levels
+    middles, margin = (levels[1:] + levels[:-1]) / 2, INSIDE * (levels[-1] - levels[0])
+    lowest = torch.cat([levels[:1], middles + margin])[codes.int()]
+    highest = torch.cat([middles - margin, levels[-1:]])[codes.int()]
+    return found.clamp(lowest, highest)
+
+
+def _stored_a(layer: QuantLinear) -> Float[Tensor, "rank columns"]:
+    """A0 as it is stored, for inputs that may be rotated."""
+    start = layer.packed_start()
+    return ops.decode(start[0]) if start else torch.zeros(0, layer.in_features)
+
+
+def _stored_codes(packed: PackedTensor) -> Tensor:
+    rows, columns = packed.shape
+    return unpack_bits(packed.codes, packed.format.bits, packed.format.width(columns))[:, :columns]
+
+
+def _codes(place: Float[Tensor, "rows columns"], levels: Float[Tensor, " levels"]) -> Tensor:
+    """The nearest level of every position; one comparison a level is a third of what ``bucketize`` takes."""
+    codes = torch.zeros(place.shape, dtype=torch.uint8)
+    for middle in ((levels[1:] + levels[:-1]) / 2).tolist():
+        codes += place > middle
+    return codes
 
 
 class _Rounded(torch.autograd.Function):
@@ -81,31 +141,50 @@ class _Rounded(torch.autograd.Function):
         return grads[0], None
 
 
-class _GainedLinear(torch.autograd.Function):
-    """x (G o Q)^T with the gradients of x and of the gains."""
+class _TunedProduct(torch.autograd.Function):
+    """x (G o Q(V))^T with the gradients of x, of the gains and, straight through, of the positions.
+
+    A position outside of the levels is not pushed further out.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, weight: PackedTensor) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        ctx.weight = weight
-        return x @ _gained(weight, gain, x.dtype).T
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, place: Tensor | None, tuned: TunedLinear) -> Tensor:
+        values, weight = tuned.values(), tuned.layer.packed_weight()
+        dense = (values if gain is None else _gained(values, gain, weight)).to(x.dtype)
+        ctx.save_for_backward(x, dense, *(t for t in (gain, place) if t is not None))
+        ctx.tuned, ctx.gained = tuned, gain is not None
+        return x @ dense.T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, gain), weight, grad = ctx.saved_tensors, ctx.weight, grads[0]
-        dense = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        slopes = _by_group(dense.float() * ops.decode(weight), weight).sum(-1)
-        summed = slopes.sum((0, 1)).reshape(1, 1) if gain.numel() == 1 else slopes
-        return grad @ _gained(weight, gain, grad.dtype), summed, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        (x, dense, *rest), tuned, grad = ctx.saved_tensors, ctx.tuned, grads[0]
+        gain = rest.pop(0) if ctx.gained else None
+        place = rest.pop(0) if rest else None
+        weight = tuned.layer.packed_weight()
+        slopes = (grad.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        summed = _summed(slopes * tuned.values(), gain, weight) if gain is not None else None
+        moved = None
+        if place is not None:
+            scales = tuned._grids.scales if gain is None else tuned._grids.scales * gain
+            at = torch.arange(place.shape[1]) // tuned._grids.size
+            levels = tuned._grids.levels
+            outward = ((place > levels[-1]) & (slopes < 0)) | ((place < levels[0]) & (slopes > 0))
+            moved = (slopes * scales[:, at]).masked_fill_(outward, 0.0)
+        return grad @ dense, summed, moved, None
+
+
+def _summed(products: Tensor, gain: Tensor, weight: PackedTensor) -> Float[Tensor, "scaled groups"]:
+    """The gradient of gains: sums over their groups; a TENSOR format's one gain is for all of them."""
+    slopes = _by_group(products, weight).sum(-1)
+    return slopes.sum((0, 1)).reshape(1, 1) if gain.numel() == 1 else slopes
 
 
 def _gained(
-    weight: PackedTensor, gain: Float[Tensor, "scaled groups"], dtype: torch.dtype
+    values: Float[Tensor, "rows columns"], gain: Float[Tensor, "scaled groups"], weight: PackedTensor
 ) -> Float[Tensor, "rows columns"]:
     """G o Q; a TENSOR format's one gain is for all groups."""
     rows, columns = weight.shape
-    values = _by_group(ops.decode(weight, dtype), weight) * gain.to(dtype).unsqueeze(-1)
-    return values.reshape(rows, -1)[:, :columns]
+    return (_by_group(values, weight) * gain.unsqueeze(-1)).reshape(rows, -1)[:, :columns]
 
 
 def _by_group(values: Float[Tensor, "rows columns"], weight: PackedTensor) -> Float[Tensor, "rows groups size"]:
@@ -113,6 +192,13 @@ def _by_group(values: Float[Tensor, "rows columns"], weight: PackedTensor) -> Fl
     rows, columns = values.shape
     size = weight.format.group_size(columns)
     return nn.functional.pad(values, (0, -columns % size)).view(rows, -1, size)
+
+
+def _recoded(weight: PackedTensor, codes: Tensor) -> PackedTensor:
+    """Other codes under the same scales."""
+    fmt, columns = weight.format, weight.shape[1]
+    padded = nn.functional.pad(codes, (0, fmt.width(columns) - columns))
+    return PackedTensor.from_tensors(fmt, weight.shape, weight.tensors() | {"codes": pack_bits(padded, fmt.bits)})
 
 
 def _rescaled(weight: PackedTensor, gain: Float[Tensor, "scaled groups"]) -> PackedTensor:

@@ -10,7 +10,7 @@ SOLVERS = ("loftq", "calibrated", "qlora", "qalora")
 METRICS = ("full", "diagonal", "none")
 FEEDBACK = ("forward", "reverse", "activation", "none")
 VARIANTS = ("residual", "projection")
-PARTS = ("start", "scales", "norms")  # that refine can tune
+PARTS = ("start", "scales", "norms", "codes")  # that refine can tune
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class QuantizeOptions:
     samples: int = option(128, "sequences of the calibration text")
     calibrate_length: int = option(512, "tokens of a calibration sequence")
     statistics: str | None = option(None, "directory that keeps what was measured, for other runs on the same text")
+    fisher: bool = option(
+        False, "weigh outputs by the 16-bit model's loss gradients on calibrate; that model is in memory whole"
+    )
     metric: str = option("full", "full second moment of the inputs, its diagonal, or none (weights only, no text)")
     feedback: str = option(
         "activation", "order in which codes correct each other: forward, reverse, activation, or none"
@@ -58,9 +61,10 @@ class QuantizeOptions:
     )
     split: str = option("0", "directions of W that the start keeps before quantizing: a number, or auto")
     damping: float = option(0.03, "added to the second moment, in parts of its mean diagonal")
+    rotate: bool = option(False, "rotate the inputs of every linear layer (randomized Hadamard), at run time")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
-    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms; repeat for more")
+    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms, codes; repeat for more")
     target: tuple[str, ...] = option((), "quantize only linears whose name matches one of these shell patterns")
     skip: tuple[str, ...] = option((), "leave linears whose name matches one of these shell patterns in 16 bit")
     embeddings: bool = option(False, "quantize token tables too; with a tied head, head must be given as well")
@@ -106,6 +110,14 @@ class QuantizeOptions:
         )
         require_positive(self, "samples", "damping")
         require(self.calibrate_length >= 2, f"calibrate_length is {self.calibrate_length}; use 2 tokens or more.")
+        require(
+            not (self.rotate and self.solver == "qalora"),
+            "qalora merges adapters by groups of inputs, which rotate mixes; leave one of them out.",
+        )
+        require(
+            not self.fisher or (self.solver == "calibrated" and self.metric != "none"),
+            "fisher weighs the errors of the solver calibrated on a text; use that solver, or leave fisher out.",
+        )
         require(self.sweeps >= 0, f"sweeps is {self.sweeps}; use 0 or more.")
         require(self.rounds >= 1, f"rounds is {self.rounds}; use 1 or more.")
         require(self.split == "auto" or self.split.isdecimal(), f"split is {self.split!r}; use a number or auto.")

@@ -1,5 +1,7 @@
 """Solvers: pure functions from weights to codes and factors. They see tensors and options, never files or modules."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from bitloft.solvers.loftq import loftq
 from bitloft.solvers.lowrank import generator_for
 from bitloft.solvers.qalora import qalora
 from bitloft.solvers.qlora import qlora
+from bitloft.solvers.rotation import rotated, rotated_moment
 
 __all__ = ["Solution", "Statistics", "check_rank", "require_finite", "solve"]
 
@@ -39,12 +42,17 @@ def solve(
 ) -> Solution:
     """Quantize one matrix [out, in] by the solver, format, rank and scaling of its ``plan``; ``options`` give the rest.
 
+    Of a plan with ``rotated`` the solution stands for rotated inputs; ``statistics`` are of those that the matrix reads.
     ``name`` seeds the SVD and appears in errors. Raises CheckpointError on NaN or infinity, OptionError where the rank
     exceeds min(out, in), and for ``calibrated`` where its metric needs ``statistics`` and none are given.
     """
     require_finite(name, weight)
     check_rank(name, tuple(weight.shape), plan)
     matrix, fmt = weight.detach().float(), Format.parse(plan.format)
+    if plan.rotated:
+        matrix = rotated(matrix)
+        if statistics is not None and statistics.moment is not None:
+            statistics = replace(statistics, moment=rotated_moment(statistics.moment))
     if plan.solver == "qalora":
         return qalora(matrix, fmt)
     if plan.solver == "calibrated":

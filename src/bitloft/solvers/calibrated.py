@@ -60,11 +60,10 @@ def calibrated(
     metric = metric_of(statistics.moment, fmt, kind=options.metric, order=order, damping=options.damping)
     job = _Job(weight, fmt, metric, rank, scaling, start_format, statistics.rows, options, generator)
     best = min(job.iterates(), key=lambda iterate: iterate.error)
-    whole = metric.error(weight)
-    after = weight - best.dense
+    whole, after = metric.error(weight), weight - best.dense
     facts = Calibrated(
         before=(metric.error(weight - decode(best.packed)) / whole) ** 0.5 if whole else 0.0,
-        after=(best.error / whole) ** 0.5 if whole else 0.0,
+        after=(metric.error(after) / whole) ** 0.5 if whole else 0.0,
         damping=metric.damping,
         tokens=statistics.tokens,
     )
@@ -122,7 +121,11 @@ class _Job:
         start = self._start(self.weight - dense) if self.rank else None
         if start is not None:
             dense = dense + start.product()
-        return _Iterate(packed, start, dense, self.metric.error(self.weight - dense))
+        return _Iterate(packed, start, dense, self.metric.error(self._weighed(self.weight - dense)))
+
+    def _weighed(self, rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """D rows: each output by the root of its weight."""
+        return rows if self.row_weights is None else rows * self.row_weights.sqrt().unsqueeze(1)
 
     def _start(self, error: Float[Tensor, "rows columns"]) -> Start:
         """The best product as it is stored: A rounded with feedback from the inputs, then B fitted to that A."""
