@@ -20,6 +20,9 @@
 
 namespace bl::BL_ISA {
 
+void prepare_planes(const Preparation& p);  // product_bytes.cpp
+void by_bytes(const Product& p);
+
 namespace {
 
 constexpr int VECTORS = BLOCK / 16;
@@ -360,7 +363,8 @@ void prepare(const Preparation& p) {
     for (int64_t i = begin; i < end && i < p.columns; ++i) sum += value_of(p.x, i, p.dtype);
     p.sums[group] = sum;
   }
-  if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
+  if (p.input == Input::BYTES) prepare_planes(p);
+  else if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
   else if (p.input == Input::SINGLE) prepare_single(p);
   else if (p.bits == 1) prepare_sums<1>(p);
   else prepare_sums<2>(p);
@@ -384,7 +388,9 @@ void finish(const Finish& f) {
 }
 
 void product(const Product& p) {
-  if (p.input == Input::SUMS) {
+  if (p.input == Input::BYTES) {
+    by_bytes(p);
+  } else if (p.input == Input::SUMS) {
     if (p.bits == 1) by_sums<1>(p);
     else by_sums<2>(p);
   } else if (p.input == Input::SINGLE) {
