@@ -95,7 +95,9 @@ def test_invariant_rows_do_not_see_each_other(spelling: str, dtype: torch.dtype)
         assert torch.equal(ops.packed_linear(x[:rows], weight, invariant=True), whole[:rows])
 
 
-@pytest.mark.parametrize("spelling", ["sign:128", "lm2:64", "book2:64", "lm3:64", "nf4:64", "lm2:row", "nf4:row", "lm3:row+dq"])
+@pytest.mark.parametrize(
+    "spelling", ["sign:128", "lm2:64", "book2:64", "lm3:64", "nf4:64", "lm2:row", "nf4:row", "lm3:row+dq"]
+)
 def test_one_row_of_float32_is_as_exact_as_float32(spelling: str) -> None:
     weight = plain.encode(torch.randn(200, 1024), spelling)
     dense = plain.decode(weight).double()

@@ -22,8 +22,7 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
-constexpr int64_t TASKS = 8;  // per thread, with more than one row
-constexpr int64_t AT_FIRST = 32768;  // bytes of codes that are fetched while one row is prepared
+constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {
  public:
@@ -123,11 +122,9 @@ class Call {
     int64_t work = 0;
     for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
     if (work < 2 * WORTH_A_THREAD) threads = 1;
-    const int64_t most = threads * TASKS;
-    const int64_t per_task = rows_ == 1 ? 1 : (turns_ + most - 1) / most, tasks = (turns_ + per_task - 1) / per_task;
     char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
     Stage prepared;
-    Ranges multiplied(tasks, threads);
+    Ranges multiplied(turns_, threads);
     run(threads, [&] {
       // One row is prepared by every thread for itself: that is sooner done than fetched from another's cache. Meanwhile the
       // first codes come in.
@@ -136,10 +133,7 @@ class Call {
       char* const mine = shared != nullptr ? shared : static_cast<char*>(inputs.get(bytes_));
       if (shared == nullptr) prepare(0, mine);
       else prepared.share(rows_, [&](int64_t row) { prepare(row, shared); });
-      multiplied.share(stretch, [&](int64_t task) {
-        const int64_t end = (task + 1) * per_task;
-        for (int64_t turn = task * per_task; turn < end && turn < turns_; ++turn) take_turn(turn, mine);
-      });
+      multiplied.share(stretch, [&](int64_t turn) { take_turn(turn, mine); });
     });
   }
 

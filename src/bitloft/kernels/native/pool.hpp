@@ -57,14 +57,16 @@ class Ranges {
 
   template <class F>
   void share(int64_t own, F&& work) {
+    int64_t done = 0;
     for (int64_t n = 0; n < stretches_; ++n) {
       const int64_t stretch = (own + n) % stretches_;
       const int64_t begin = first(stretch), end = first(stretch + 1);
       for (int64_t i; (i = begin + taken_[stretch].count.fetch_add(1, std::memory_order_relaxed)) < end;) {
         work(i);
-        done_.fetch_add(1, std::memory_order_release);
+        ++done;
       }
     }
+    done_.fetch_add(done, std::memory_order_release);
     for (int round = 0; done_.load(std::memory_order_acquire) < count_; ++round) relax(round);
   }
 

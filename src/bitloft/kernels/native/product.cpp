@@ -93,11 +93,15 @@ BL_INLINE void each_piece(const Product& p, F&& f) {
   }
 }
 
-template <int BITS>
+// One row reads as fast as memory does: its codes come to the second-level cache first, which has room for more on the way.
+template <int BITS, bool FAR = false>
 BL_INLINE void fetch_ahead(const uint32_t* codes) {
 UNROLL(12)
-  for (int line = 0; line < unit_words(BITS) * VECTORS; ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(codes) + AHEAD + line * 64);
+  for (int line = 0; line < unit_words(BITS) * VECTORS; ++line) {
+    const char* at = reinterpret_cast<const char*>(codes) + line * 64;
+    if constexpr (FAR) __builtin_prefetch(at + 2 * AHEAD, 0, 2);
+    else __builtin_prefetch(at + AHEAD);
+  }
 }
 
 BL_INLINE void fetch_scales(const Product& p, int64_t group) {
@@ -134,7 +138,7 @@ UNROLL(16)
     const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
     for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, x += Part::X) {
 UNROLL(2)
-      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS>(codes + b * stride);
+      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS, ROWS == 1>(codes + b * stride);
 UNROLL(32)
       for (int i = 0; i < Part::STEPS; ++i) {
         Lanes values[ACROSS];

@@ -22,7 +22,7 @@ namespace {
 #define BL_INLINE inline __attribute__((always_inline))
 
 constexpr int VECTORS = BLOCK / 16;
-constexpr int64_t FAR = 32768;  // bytes of codes fetched ahead into the second-level cache: the first holds tables
+constexpr int64_t FAR = 8192;  // bytes of codes fetched ahead into the second-level cache: the first holds tables
 constexpr float SMALLEST = 0x1p-100f;  // of what a group is scaled by
 constexpr float TINY_ROW = 0x1p-60f, HUGE_ROW = 0x1p100f;
 
@@ -224,7 +224,7 @@ void multiply_bytes(const Product& p) {
         totals[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, factor), totals[v]);
       }
     }
-    for (int64_t byte = 0; byte < p.next_bytes; byte += 64) _mm_prefetch(p.next + group * p.next_bytes + byte, _MM_HINT_T0);
+    for (int64_t byte = 0; byte < p.next_bytes; byte += 64) _mm_prefetch(p.next + group * p.next_bytes + byte, _MM_HINT_T1);
   }
   for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(p.totals + v * 16, totals[v]);
 }
