@@ -95,9 +95,49 @@ def test_invariant_rows_do_not_see_each_other(spelling: str, dtype: torch.dtype)
         assert torch.equal(ops.packed_linear(x[:rows], weight, invariant=True), whole[:rows])
 
 
-def test_nothing_depends_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize(
+    "spelling", ["sign:128", "lm2:64", "book2:64", "lm3:64", "nf4:64", "lm2:row", "nf4:row", "lm3:row+dq"]
+)
+def test_one_row_of_float32_is_as_exact_as_float32(spelling: str) -> None:
+    weight = plain.encode(torch.randn(200, 1024), spelling)
+    dense = plain.decode(weight).double()
+    for kind in (torch.randn(1, 1024), torch.randn(1, 1024) * torch.logspace(0, 4, 1024), torch.eye(1024)[:1] * 3e7):
+        exact = kind.double() @ dense.T
+        # as float32's running sums, to which it is held: of the largest products of each group
+        slack = 3e-7 * float(kind.abs().max() * dense.abs().max()) * (1 if "64" in spelling else 8)
+        found = ops.packed_linear(kind, weight).double()
+        assert float((found - exact).abs().max()) <= slack + 1e-6 * float(exact.abs().max())
+    brain = torch.randn(1, 1024).bfloat16()
+    exact = brain.double() @ dense.T
+    error = (ops.packed_linear(brain, weight).double() - exact).norm() / exact.norm()
+    assert float(error) < 4e-3
+
+
+@pytest.mark.parametrize("spelling", ["sign:128", "lm2:64", "lm3:64", "nf4:64", "uniform2:64"])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_one_row_with_what_is_no_number(spelling: str, dtype: torch.dtype) -> None:
+    weight = plain.encode(torch.randn(70, 130), spelling)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for at in (0, 63, 129):
+            x = torch.randn(1, 130).to(dtype)
+            x[0, at] = value
+            found, expected = ops.packed_linear(x, weight), x.double() @ plain.decode(weight).double().T
+            assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+def test_one_row_of_any_size() -> None:
+    weight = plain.encode(torch.randn(64, 128), "lm2:64")
+    for factor in (1e-38, 1e-30, 1e30, 1e36):
+        x = torch.randn(1, 128) * factor
+        exact = x.double() @ plain.decode(weight).double().T
+        found = ops.packed_linear(x, weight).double()
+        assert float((found - exact).abs().max() / exact.abs().max()) < (1e-2 if factor < 1e-35 else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nothing_depends_on_the_number_of_threads(rows: int) -> None:
     weight = plain.encode(torch.randn(300, 2048), "lm2:64")
-    x = torch.randn(5, 2048)
+    x = torch.randn(rows, 2048)
     threads = torch.get_num_threads()
     found = []
     for count in (1, 2, 3):

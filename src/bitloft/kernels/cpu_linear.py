@@ -106,7 +106,7 @@ def packed_linear(
     rows = 1
     for count in batch:
         rows *= count
-    out = torch.empty((*batch, weight.rows), dtype=x.dtype)
+    out = x.new_empty((*batch, weight.rows))
     status = _function()(
         x.data_ptr(), cpu.DTYPES[x.dtype], rows, weight.address, None if bias is None else bias.data_ptr(),
         None if addend is None else addend.data_ptr(), out.data_ptr(), INVARIANT * invariant, torch.get_num_threads(),

@@ -27,12 +27,14 @@ struct Kernels {
   const char* name;
   bool pairs;       // multiplies bfloat16 pairs
   bool two_blocks;  // of a matrix at once, with one row of input
+  bool bytes;       // multiplies planes of bytes: product_bytes.cpp
   void (*gather)(const Block&, uint32_t* words);
   void (*arrange)(const Block&, uint8_t* codes, uint16_t* scales, bool back);
   void (*turn_scales)(const Block&, bool arranged, float* scales, float* offsets);
   void (*read_levels)(const bl_matrix&, float* levels);
   void (*prepare)(const Preparation&);
   void (*product)(const Product&);
+  bool (*tame)(const void* x, int64_t count, int32_t dtype);  // whether a row fits planes of bytes
   void (*finish)(const Finish&);
   void (*lora_tile)(const LoraTile&);
   void (*encode_groups)(GroupTile&);

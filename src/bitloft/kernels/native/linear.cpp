@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
-constexpr int64_t LONG_TASKS = 4, SHORT_TASKS = 8;  // per thread: long ones read long streams, short ones balance
+constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {
  public:
@@ -55,14 +55,17 @@ struct Part {
   float levels[16];
   int same;         // the first part whose prepared input serves this one too
   int64_t x_bytes;  // of one prepared row
-  int64_t x, sums;  // where in the prepared input its rows and their sums begin
+  int64_t x, sums, steps;  // where in the prepared input its rows, their sums and their steps begin
+  int planes;              // of Input::BYTES
+  int64_t pieces;          // of a row: what has a step of its own
   int64_t together;  // blocks at once: two hide the latency of sums at 4 bits; other widths lose by a second stream
   int64_t turns;     // blocks, or pairs of them
 };
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table) {
+// `tame`: the one row of the call fits planes of bytes.
+Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table, bool tame) {
   const bl_matrix& m = *product.weight;
   Part part{};
   part.product = &product, part.matrix = &m;
@@ -72,19 +75,24 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.blocks = up(m.rows, BLOCK) / BLOCK;
   part.arranged = (m.flags & BL_ARRANGED) != 0;
   part.offsets = m.groups > 0 && (m.zeros != nullptr || m.shifts != nullptr);
-  if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
+  part.pieces = part.groups * up(part.group_units * unit_columns(m.bits), PIECE) / PIECE;
+  part.planes = dtype == BL_BF16 ? 2 : 3;
+  if (tame && (m.bits <= 2 || dtype != BL_BF16)) part.input = Input::BYTES;
+  else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
   const int64_t columns = part.units * unit_columns(m.bits);
-  part.x_bytes = up(part.input == Input::SUMS ? part.units * 8 * 64 : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
+  const int64_t tables = part.units * (m.bits == 3 ? 16 : 8) * 16 * (part.input == Input::SUMS ? 4 : part.planes);
+  const bool looked_up = part.input == Input::SUMS || part.input == Input::BYTES;
+  part.x_bytes = up(looked_up ? tables : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
   table.read_levels(m, part.levels);
   return part;
 }
 
 bool same_input(const Part& a, const Part& b) {
   return a.input == b.input && a.matrix->bits == b.matrix->bits && a.units == b.units && a.groups == b.groups &&
-         a.offsets == b.offsets &&
-         (a.input != Input::SUMS || std::memcmp(a.levels, b.levels, sizeof(float) << a.matrix->bits) == 0);
+         a.group_units == b.group_units && a.offsets == b.offsets &&
+         ((a.input != Input::SUMS && a.input != Input::BYTES) || std::memcmp(a.levels, b.levels, sizeof(float) << a.matrix->bits) == 0);
 }
 
 // A call on up to ROWS_AT_ONCE rows of the input.
@@ -96,15 +104,16 @@ class Call {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 ? 2 : 1;
+      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES ? 2 : 1;
       part.turns = (part.blocks + part.together - 1) / part.together;
       turns_ += part.turns;
       if (part.same != i) {
-        part.x = parts[part.same].x, part.sums = parts[part.same].sums;
+        part.x = parts[part.same].x, part.sums = parts[part.same].sums, part.steps = parts[part.same].steps;
         continue;
       }
       part.x = bytes_, bytes_ += rows * part.x_bytes;
       part.sums = bytes_, bytes_ += up(rows * part.groups * 4, 64);
+      part.steps = bytes_, bytes_ += part.input == Input::BYTES ? up(part.pieces * 4, 64) : 0;
     }
   }
 
@@ -113,23 +122,31 @@ class Call {
     int64_t work = 0;
     for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
     if (work < 2 * WORTH_A_THREAD) threads = 1;
-    const int64_t most = threads * (rows_ == 1 ? LONG_TASKS : SHORT_TASKS);
-    const int64_t per_task = (turns_ + most - 1) / most, tasks = (turns_ + per_task - 1) / per_task;
     char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
-    Stage prepared, multiplied;
+    Stage prepared;
+    Ranges multiplied(turns_, threads);
     run(threads, [&] {
-      // One row is prepared by every thread for itself: that is sooner done than fetched from another's cache.
+      // One row is prepared by every thread for itself: that is sooner done than fetched from another's cache. Meanwhile the
+      // first codes come in.
+      const int64_t stretch = multiplied.arrive();
+      if (shared == nullptr) fetch(multiplied.first(stretch));
       char* const mine = shared != nullptr ? shared : static_cast<char*>(inputs.get(bytes_));
       if (shared == nullptr) prepare(0, mine);
       else prepared.share(rows_, [&](int64_t row) { prepare(row, shared); });
-      multiplied.share(tasks, [&](int64_t task) {
-        const int64_t end = (task + 1) * per_task;
-        for (int64_t turn = task * per_task; turn < end && turn < turns_; ++turn) take_turn(turn, mine);
-      });
+      multiplied.share(stretch, [&](int64_t turn) { take_turn(turn, mine); });
     });
   }
 
  private:
+  void fetch(int64_t turn) const {
+    int64_t i = 0;
+    while (i < count_ && turn >= parts_[i].turns) turn -= parts_[i++].turns;
+    if (i == count_) return;
+    const bl_matrix& m = *parts_[i].matrix;
+    const uint8_t* codes = m.codes + turn * parts_[i].together * BLOCK * (m.width * m.bits / 8);
+    for (int64_t byte = 0; byte < AT_FIRST; byte += 64) __builtin_prefetch(codes + byte, 0, 2);
+  }
+
   void prepare(int64_t row, char* input) const {
     const int64_t size = x_.dtype == BL_F32 ? 4 : 2;
     for (int64_t i = 0; i < count_; ++i) {
@@ -143,6 +160,8 @@ class Call {
           .columns = x_.columns,
           .units = part.units,
           .levels = part.levels,
+          .planes = part.planes,
+          .steps = reinterpret_cast<float*>(input + part.steps),
           .out = input + part.x + row * part.x_bytes,
           .sums = part.offsets ? reinterpret_cast<float*>(input + part.sums) + row * part.groups : nullptr,
           .groups = part.groups,
@@ -190,6 +209,8 @@ class Call {
         .groups = part.groups,
         .group_units = part.group_units,
         .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + row * (m.width * m.bits / 8)) : gathered,
+        .planes = part.planes,
+        .steps = reinterpret_cast<const float*>(input + part.steps),
         .levels = part.levels,
         .scales = halves ? nullptr : turned,
         .halves = static_cast<const uint16_t*>(m.scales) + row * m.groups,
@@ -271,9 +292,10 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
   if (table == nullptr || bl::check_call(*x, products, count)) return -1;
   constexpr int64_t AT_ONCE = 8;  // matrices
   for (int64_t first = 0; first < count; first += AT_ONCE) {
+    const bool tame = x->rows == 1 && table->bytes && !(flags & BL_INVARIANT) && table->tame(x->values, x->columns, x->dtype);
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
-    for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table);
+    for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, tame);
     for (int64_t row = 0; row < x->rows; row += bl::ROWS_AT_ONCE) {
       const int64_t left = x->rows - row, rows = left < bl::ROWS_AT_ONCE ? left : bl::ROWS_AT_ONCE;
       bl::Call(*table, *x, row, rows, parts, some).go(threads);

@@ -45,4 +45,41 @@ class Stage {
   alignas(64) std::atomic<int64_t> done_{0};
 };
 
+// The same for chunks that lie one after the other in memory: each thread takes those of a stretch of its own, in order, so
+// that what it fetches ahead is what it reads next; who is done helps the others.
+class Ranges {
+ public:
+  Ranges(int64_t count, int threads) : count_(count), stretches_(threads < 1 ? 1 : threads < MOST ? threads : MOST) {}
+
+  // The stretch of the calling thread; its first chunk.
+  int64_t arrive() { return arrived_.fetch_add(1, std::memory_order_relaxed) % stretches_; }
+  int64_t first(int64_t stretch) const { return count_ * stretch / stretches_; }
+
+  template <class F>
+  void share(int64_t own, F&& work) {
+    int64_t done = 0;
+    for (int64_t n = 0; n < stretches_; ++n) {
+      const int64_t stretch = (own + n) % stretches_;
+      const int64_t begin = first(stretch), end = first(stretch + 1);
+      for (int64_t i; (i = begin + taken_[stretch].count.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        work(i);
+        ++done;
+      }
+    }
+    done_.fetch_add(done, std::memory_order_release);
+    for (int round = 0; done_.load(std::memory_order_acquire) < count_; ++round) relax(round);
+  }
+
+ private:
+  static constexpr int64_t MOST = 16;
+  struct alignas(64) Taken {
+    std::atomic<int64_t> count{0};
+  };
+
+  const int64_t count_, stretches_;
+  Taken taken_[MOST];
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
 }  // namespace bl

@@ -20,6 +20,9 @@
 
 namespace bl::BL_ISA {
 
+void prepare_planes(const Preparation& p);  // product_bytes.cpp
+void by_bytes(const Product& p);
+
 namespace {
 
 constexpr int VECTORS = BLOCK / 16;
@@ -90,11 +93,15 @@ BL_INLINE void each_piece(const Product& p, F&& f) {
   }
 }
 
-template <int BITS>
+// One row reads as fast as memory does: its codes come to the second-level cache first, which has room for more on the way.
+template <int BITS, bool FAR = false>
 BL_INLINE void fetch_ahead(const uint32_t* codes) {
 UNROLL(12)
-  for (int line = 0; line < unit_words(BITS) * VECTORS; ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(codes) + AHEAD + line * 64);
+  for (int line = 0; line < unit_words(BITS) * VECTORS; ++line) {
+    const char* at = reinterpret_cast<const char*>(codes) + line * 64;
+    if constexpr (FAR) __builtin_prefetch(at + 2 * AHEAD, 0, 2);
+    else __builtin_prefetch(at + AHEAD);
+  }
 }
 
 BL_INLINE void fetch_scales(const Product& p, int64_t group) {
@@ -131,7 +138,7 @@ UNROLL(16)
     const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
     for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, x += Part::X) {
 UNROLL(2)
-      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS>(codes + b * stride);
+      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS, ROWS == 1>(codes + b * stride);
 UNROLL(32)
       for (int i = 0; i < Part::STEPS; ++i) {
         Lanes values[ACROSS];
@@ -360,7 +367,8 @@ void prepare(const Preparation& p) {
     for (int64_t i = begin; i < end && i < p.columns; ++i) sum += value_of(p.x, i, p.dtype);
     p.sums[group] = sum;
   }
-  if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
+  if (p.input == Input::BYTES) prepare_planes(p);
+  else if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
   else if (p.input == Input::SINGLE) prepare_single(p);
   else if (p.bits == 1) prepare_sums<1>(p);
   else prepare_sums<2>(p);
@@ -384,7 +392,9 @@ void finish(const Finish& f) {
 }
 
 void product(const Product& p) {
-  if (p.input == Input::SUMS) {
+  if (p.input == Input::BYTES) {
+    by_bytes(p);
+  } else if (p.input == Input::SUMS) {
     if (p.bits == 1) by_sums<1>(p);
     else by_sums<2>(p);
   } else if (p.input == Input::SINGLE) {

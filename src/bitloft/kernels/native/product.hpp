@@ -28,6 +28,7 @@ enum class Input {
   SINGLE,  // float32
   PAIRS,   // bfloat16
   SUMS,    // one row; 1 and 2 bits: for each four bits of codes the sixteen sums that they may stand for
+  BYTES,   // one row: the same sums (products, with 3 bits) as whole numbers, their bytes in planes (product_bytes.cpp)
 };
 
 // One row of the input, as it came and as it is wanted.
@@ -37,7 +38,9 @@ struct Preparation {
   int32_t dtype;
   const void* x;
   int64_t columns, units;
-  const float* levels;  // for SUMS
+  const float* levels;  // for SUMS and BYTES
+  int planes;           // for BYTES: 2 or 3 bytes for each sum
+  float* steps;         // for BYTES: what 1 stands for, one for each piece
   void* out;
   float* sums;  // of the values in each group, or nullptr
   int64_t groups, group_columns;
@@ -60,6 +63,8 @@ struct Product {
   int64_t groups;        // that have a scale of their own; 1 for a scale a row, or none
   int64_t group_units;
   const uint32_t* codes;
+  int planes;            // of BYTES
+  const float* steps;    // of BYTES
   const float* levels;   // 2**bits
   const float* scales;   // [groups][64], or nullptr where they are
   const uint16_t* halves;  // fp16 [groups][64], to be multiplied by

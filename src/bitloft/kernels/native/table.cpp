@@ -4,9 +4,11 @@
 #if defined(BL_HAS_avx512)
 #define BL_HAS_PAIRS true
 #define BL_TWO_BLOCKS true
+#define BL_HAS_BYTES true
 #else
 #define BL_HAS_PAIRS false
 #define BL_TWO_BLOCKS false
+#define BL_HAS_BYTES false
 #endif
 
 #define BL_NAME_(isa) #isa
@@ -21,6 +23,7 @@ void turn_scales(const Block& block, bool arranged, float* scales, float* offset
 void read_levels(const bl_matrix& matrix, float* levels);
 void prepare(const Preparation& p);
 void product(const Product& p);
+bool tame(const void* x, int64_t count, int32_t dtype);
 void finish(const Finish& f);
 void lora_tile(const LoraTile& tile);
 void encode_groups(GroupTile& tile);
@@ -39,12 +42,14 @@ const Kernels BL_TABLE(BL_ISA) = {
     .name = BL_NAME(BL_ISA),
     .pairs = BL_HAS_PAIRS,
     .two_blocks = BL_TWO_BLOCKS,
+    .bytes = BL_HAS_BYTES,
     .gather = BL_ISA::gather,
     .arrange = BL_ISA::arrange,
     .turn_scales = BL_ISA::turn_scales,
     .read_levels = BL_ISA::read_levels,
     .prepare = BL_ISA::prepare,
     .product = BL_ISA::product,
+    .tame = BL_ISA::tame,
     .finish = BL_ISA::finish,
     .lora_tile = BL_ISA::lora_tile,
     .encode_groups = BL_ISA::encode_groups,

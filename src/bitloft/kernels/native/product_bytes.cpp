@@ -1,0 +1,273 @@
+// One row of input: four bits of codes choose one of sixteen sums of products (3 bits: one of eight products), as in by_sums
+// of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
+//
+// A permute of bytes looks sixty-four of them up at once, four sums of each of sixteen rows, and a dot product with ones
+// adds the four. In float32 the same takes twice the instructions: each register holds sixteen sums, not sixty-four.
+// The whole numbers of a piece (a group, 256 columns at most) are multiples of a step of their own: three bytes, a sign
+// and 23 bits for float32 and float16 input; two, a sign and 15 bits, for bfloat16. Nothing is rounded while they are added.
+// So the error of a piece is that of rounding each product to the last bit of the largest one, which is also what a
+// running sum in float32 does. Input that is not finite, huge or tiny is multiplied by the other kernels.
+#include <math.h>
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "product.hpp"
+
+namespace bl::BL_ISA {
+
+#if defined(BL_HAS_avx512)
+
+namespace {
+
+#define BL_INLINE inline __attribute__((always_inline))
+
+constexpr int VECTORS = BLOCK / 16;
+constexpr int64_t FAR = 8192;  // bytes of codes fetched ahead into the second-level cache: the first holds tables
+constexpr float SMALLEST = 0x1p-100f;  // of what a group is scaled by
+constexpr float TINY_ROW = 0x1p-60f, HUGE_ROW = 0x1p100f;
+
+// Bytes of a plane of four nibbles' sums, 64, from registers of sixteen whole numbers each.
+struct Planes {
+  __m512i low, high;  // which bytes of two registers are planes 0 and 1, and plane 2
+
+  Planes() {
+    alignas(64) uint8_t first[64], second[64];
+    for (int i = 0; i < 64; ++i) {
+      const int number = i % 32 < 16 ? i % 16 * 4 : 64 + i % 16 * 4;  // of the first register or the second
+      first[i] = static_cast<uint8_t>(number + i / 32);
+      second[i] = static_cast<uint8_t>(number + 2);
+    }
+    low = _mm512_load_si512(first), high = _mm512_load_si512(second);
+  }
+
+  template <int PLANES>
+  BL_INLINE void store(const __m512i* sums, uint8_t* to) const {
+    const __m512i a = _mm512_permutex2var_epi8(sums[0], low, sums[1]), b = _mm512_permutex2var_epi8(sums[2], low, sums[3]);
+    _mm512_store_si512(to, _mm512_shuffle_i64x2(a, b, 0x44));
+    _mm512_store_si512(to + 64, _mm512_shuffle_i64x2(a, b, 0xee));
+    if constexpr (PLANES == 3) {
+      const __m512i c = _mm512_permutex2var_epi8(sums[0], high, sums[1]), d = _mm512_permutex2var_epi8(sums[2], high, sums[3]);
+      _mm512_store_si512(to + 128, _mm512_shuffle_i64x2(c, d, 0x44));
+    }
+  }
+
+  // The same of two registers, 32 bytes in a plane: 3 bits, where a byte of a word has eight sums.
+  template <int PLANES>
+  BL_INLINE void store_eights(const __m512i* sums, uint8_t* to) const {
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(sums[0], low, sums[1]));
+    if constexpr (PLANES == 3)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), _mm512_castsi512_si256(_mm512_permutex2var_epi8(sums[0], high, sums[1])));
+  }
+};
+
+BL_INLINE __m512 numbers(const void* x, int64_t at, int32_t dtype) {
+  if (dtype == BL_F32) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
+  const uint8_t* halves = static_cast<const uint8_t*>(x) + 2 * at;
+  return dtype == BL_BF16 ? load_brains(halves).v : load_halves(halves).v;
+}
+
+BL_INLINE __m512 some_numbers(const void* x, int64_t at, int64_t count, int32_t dtype) {
+  alignas(64) uint8_t copy[64] = {};
+  const int64_t size = dtype == BL_F32 ? 4 : 2;
+  std::memcpy(copy, static_cast<const char*>(x) + at * size, static_cast<size_t>(count * size));
+  return numbers(copy, 0, dtype);
+}
+
+// Columns of a piece in float32, zeros behind the last; returns the largest magnitude.
+float widen(const Preparation& p, int64_t begin, int64_t count, float* to) {
+  __m512 most = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t left = p.columns - begin - i;
+    const __m512 x = left >= 16 ? numbers(p.x, begin + i, p.dtype)
+                     : left > 0 ? some_numbers(p.x, begin + i, left, p.dtype) : _mm512_setzero_ps();
+    _mm512_store_ps(to + i, x);
+    most = _mm512_max_ps(most, _mm512_abs_ps(x));
+  }
+  return _mm512_reduce_max_ps(most);
+}
+
+// A unit is used in STEPS, each of which looks up one sum for each of the four bytes of a word, of COLUMNS columns each.
+template <int BITS>
+constexpr int COLUMNS = BITS == 3 ? 1 : 4 / BITS;
+template <int BITS>
+constexpr int STEPS = BITS == 3 ? 8 : 2;
+template <int BITS>
+constexpr int SPAN = BITS == 3 ? 32 : 64;  // bytes of a plane
+
+// The first column, within a unit, that byte `b` of a step looks up. 1, 2 and 4 bits: the lower nibbles, then the upper.
+// 3 bits (product.hpp has the order): two steps for each word, then what they leave of the first two, then of the third.
+template <int BITS>
+constexpr int column_of(int step, int b) {
+  if (BITS != 3) return (2 * b + step) * COLUMNS<BITS>;
+  constexpr int LAST[2][4] = {{4, 9, 20, 25}, {14, 15, 30, 31}};
+  return step < 6 ? step / 2 * 5 + step % 2 * 2 + b % 2 + b / 2 * 16 : LAST[step - 6][b];
+}
+
+// Bytes that choose from tables of sixteen (3 bits: eight): the code below, the number of the byte in its word above.
+template <int BITS>
+struct Index {
+  const __m512i codes = _mm512_set1_epi32(BITS == 3 ? 0x07070707 : 0x0f0f0f0f), places = _mm512_set1_epi32(BITS == 3 ? 0x18100800 : 0x30201000);
+  // where the four bytes of a word begin, for the word below and the one above in 64 bits
+  const __m512i first = _mm512_set1_epi64(0x3330232013100300), second = _mm512_set1_epi64(0x3936292619160906);
+
+  BL_INLINE __m512i put(__m512i words) const { return _mm512_ternarylogic_epi32(words, codes, places, 0xea); }
+  BL_INLINE static __m512i choose(int mask, __m512i a, __m512i b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca);
+  }
+
+  BL_INLINE __m512i of(const uint32_t* at, int step) const {
+    if constexpr (BITS != 3) {
+      const __m512i words = _mm512_loadu_si512(at);
+      return put(step == 0 ? words : _mm512_srli_epi32(words, 4));
+    }
+    if (step < 6) return put(_mm512_multishift_epi64_epi8(step % 2 == 0 ? first : second, _mm512_loadu_si512(at + step / 2 * BLOCK)));
+    const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + BLOCK);
+    if (step == 6) return put(choose(0x00ff00ff, _mm512_srli_epi32(a, 12), _mm512_srli_epi32(b, 4)));
+    const __m512i c = _mm512_loadu_si512(at + 2 * BLOCK);
+    const __m512i two = choose(0x01000100, _mm512_srli_epi32(a, 7), _mm512_srli_epi32(b, 6));
+    return put(choose(0x00ff00ff, _mm512_srli_epi32(c, 12), choose(0x03000300, two, _mm512_srli_epi32(c, 5))));
+  }
+};
+
+template <int BITS, int PLANES>
+void prepare_bytes(const Preparation& p) {
+  constexpr int COLUMNS = bl::BL_ISA::COLUMNS<BITS>;
+  const Planes planes;
+  alignas(64) float level[COLUMNS][16], x[PIECE];
+  float largest = 0;
+  for (int i = 0; i < COLUMNS; ++i)
+    for (int c = 0; c < 16; ++c) level[i][c] = p.levels[c >> BITS * i & ((1 << BITS) - 1)];
+  for (int c = 0; c < 1 << BITS; ++c) largest = fabsf(p.levels[c]) > largest ? fabsf(p.levels[c]) : largest;
+  const int64_t width = p.units * unit_columns(BITS), group = width / p.groups;
+  uint8_t* to = static_cast<uint8_t*>(p.out);
+  float* step = p.steps;
+  for (int64_t end = group, begin = 0; begin < width; end += group)
+    for (int64_t count; begin < end; begin += count) {
+      count = end - begin < PIECE ? end - begin : PIECE;
+      // sums of up to 256 numbers stay below 2^31
+      const float top = PLANES == 2 ? 32752.0f : count / COLUMNS > 128 ? 4194000.0f : 8388000.0f;
+      const float most = widen(p, begin, count, x) * largest * COLUMNS;
+      const float scale = most > SMALLEST ? top / most : top / SMALLEST;
+      *step++ = 1 / scale;
+      __m512 table[COLUMNS];
+      for (int i = 0; i < COLUMNS; ++i) table[i] = _mm512_mul_ps(_mm512_load_ps(level[i]), _mm512_set1_ps(scale));
+      for (const float* unit = x; unit < x + count; unit += unit_columns(BITS))
+#pragma GCC unroll 8
+        for (int i = 0; i < STEPS<BITS>; ++i, to += SPAN<BITS> * PLANES) {
+          const auto product = [&](int b) { return _mm512_mul_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b)]), table[0]); };
+          __m512i sums[4];
+          if constexpr (BITS == 3) {
+            for (int b = 0; b < 2; ++b)
+              sums[b] = _mm512_cvtps_epi32(_mm512_mask_blend_ps(0xff00, product(2 * b), product(2 * b + 1)));
+            planes.store_eights<PLANES>(sums, to);
+            continue;
+          }
+#pragma GCC unroll 4
+          for (int b = 0; b < 4; ++b) {
+            __m512 sum = product(b);
+            for (int c = 1; c < COLUMNS; ++c)
+              sum = _mm512_fmadd_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b) + c]), table[c], sum);
+            sums[b] = _mm512_cvtps_epi32(sum);
+          }
+          planes.store<PLANES>(sums, to);
+        }
+    }
+}
+
+template <int BITS, int PLANES>
+void multiply_bytes(const Product& p) {
+  constexpr int64_t most = PIECE / unit_columns(BITS), WORDS = unit_words(BITS) * BLOCK;
+  const Index<BITS> index;
+  const __m512i ones = _mm512_set1_epi8(1);
+  const uint32_t* codes = p.codes;
+  const uint8_t* table = static_cast<const uint8_t*>(p.x);
+  const float* step = p.steps;
+  __m512 totals[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) totals[v] = _mm512_loadu_ps(p.totals + v * 16);
+  for (int64_t group = 0; group < p.groups; ++group) {
+    for (int64_t left = p.group_units; left > 0; left -= most) {
+      __m512i sums[PLANES][VECTORS];
+#pragma GCC unroll 3
+      for (int k = 0; k < PLANES; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sums[k][v] = _mm512_setzero_si512();
+      for (int64_t u = left < most ? left : most; u > 0; --u, codes += WORDS) {
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
+#pragma GCC unroll 8
+        for (int i = 0; i < STEPS<BITS>; ++i, table += SPAN<BITS> * PLANES) {
+          __m512i bytes[PLANES];
+#pragma GCC unroll 3
+          for (int k = 0; k < PLANES; ++k) {
+            if constexpr (BITS == 3) bytes[k] = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table + SPAN<BITS> * k)));
+            else bytes[k] = _mm512_load_si512(table + 64 * k);
+          }
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) {
+            const __m512i chosen = index.of(codes + v * 16, i);
+#pragma GCC unroll 2
+            for (int k = 0; k < PLANES - 1; ++k)
+              sums[k][v] = _mm512_dpbusd_epi32(sums[k][v], _mm512_permutexvar_epi8(chosen, bytes[k]), ones);
+            sums[PLANES - 1][v] = _mm512_dpbusd_epi32(sums[PLANES - 1][v], ones, _mm512_permutexvar_epi8(chosen, bytes[PLANES - 1]));
+          }
+        }
+      }
+      const int64_t at = group * BLOCK;
+      const __m512 factor = _mm512_set1_ps(*step++ * p.unit);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        __m512i sum = sums[PLANES - 1][v];
+#pragma GCC unroll 2
+        for (int k = PLANES - 2; k >= 0; --k) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[k][v]);
+        const __m512 scale = p.scales != nullptr ? _mm512_loadu_ps(p.scales + at + v * 16)
+                                                 : load_halves(reinterpret_cast<const uint8_t*>(p.halves + at + v * 16)).v;
+        totals[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, factor), totals[v]);
+      }
+    }
+    for (int64_t byte = 0; byte < p.next_bytes; byte += 64) _mm_prefetch(p.next + group * p.next_bytes + byte, _MM_HINT_T1);
+  }
+  for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(p.totals + v * 16, totals[v]);
+}
+
+}  // namespace
+
+bool tame(const void* x, int64_t count, int32_t dtype) {
+  __m512 most = _mm512_setzero_ps(), other = _mm512_setzero_ps();  // a NaN is lost in a maximum, not in a sum of x - x
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 value = count - i >= 16 ? numbers(x, i, dtype) : some_numbers(x, i, count - i, dtype);
+    most = _mm512_max_ps(most, _mm512_abs_ps(value));
+    other = _mm512_add_ps(other, _mm512_sub_ps(value, value));
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  return largest < HUGE_ROW && (largest > TINY_ROW || largest == 0) && _mm512_reduce_add_ps(other) == 0;
+}
+
+void prepare_planes(const Preparation& p) {
+  const bool two = p.planes == 2;
+  switch (p.bits) {
+    case 1: return two ? prepare_bytes<1, 2>(p) : prepare_bytes<1, 3>(p);
+    case 2: return two ? prepare_bytes<2, 2>(p) : prepare_bytes<2, 3>(p);
+    case 3: return two ? prepare_bytes<3, 2>(p) : prepare_bytes<3, 3>(p);
+    default: return two ? prepare_bytes<4, 2>(p) : prepare_bytes<4, 3>(p);
+  }
+}
+
+void by_bytes(const Product& p) {
+  const bool two = p.planes == 2;
+  switch (p.bits) {
+    case 1: return two ? multiply_bytes<1, 2>(p) : multiply_bytes<1, 3>(p);
+    case 2: return two ? multiply_bytes<2, 2>(p) : multiply_bytes<2, 3>(p);
+    case 3: return two ? multiply_bytes<3, 2>(p) : multiply_bytes<3, 3>(p);
+    default: return two ? multiply_bytes<4, 2>(p) : multiply_bytes<4, 3>(p);
+  }
+}
+
+#else  // other sets have no permute of sixty-four bytes; linear.cpp does not ask them
+
+bool tame(const void*, int64_t, int32_t) { return false; }
+void prepare_planes(const Preparation&) {}
+void by_bytes(const Product&) {}
+
+#endif
+
+}  // namespace bl::BL_ISA
