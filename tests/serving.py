@@ -1,11 +1,13 @@
 """A small base with adapters that never answer alike, served from a thread of the test process."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -14,6 +16,7 @@ from bitloft.compress import compress
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
 from bitloft.serve.api import Service
+from bitloft.serve.backend import NativeRows, Piece
 from bitloft.serve.engine import Engine
 from bitloft.serve.http import Server, background, open_service
 from tests.helpers import make_adapter, tiny_llama, write_record
@@ -46,6 +49,28 @@ def make_adapters(directory: Path, base: Path) -> Path:
     return out
 
 
+def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
+    """Let every step of every engine take ``seconds`` longer; the list that is returned grows by the rows of each."""
+    run, rows = NativeRows.run, list[int]()
+
+    def slowly(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        time.sleep(seconds)
+        rows.append(len(pieces))
+        return run(self, pieces)
+
+    patch.setattr(NativeRows, "run", slowly)
+    return rows
+
+
+def failing(patch: pytest.MonkeyPatch, message: str) -> None:
+    """Let every step raise."""
+
+    def fail(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    patch.setattr(NativeRows, "run", fail)
+
+
 @dataclass
 class World:
     """The served directories, the service that serves them and the server's address."""
@@ -62,9 +87,9 @@ class World:
 
     def alone(self, prompt: Sequence[int], adapter: str, tokens: int) -> str:
         """The greedy answer as transformers' own ``generate`` gives it to this one prompt: the oracle."""
-        store, model = self.service.store, self.engine.runner.model
+        store, model = self.service.store, self.engine.model
         ids = torch.tensor([list(prompt)])
-        with store.bank.rows([store.acquire(adapter).key]):
+        with store.holding(adapter) as keys, store.bank.rows(keys):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         return self.decode(out[0, len(prompt) :])
 
@@ -78,7 +103,7 @@ class World:
     def engine_with(self, **settings: Any) -> Iterator[Engine]:
         """Another engine over the same model and adapters, not started."""
         options = ServeOptions(**settings)
-        engine = Engine(self.engine.runner.model, self.service.tokenizer, self.service.store, options)
+        engine = Engine(self.engine.model, self.service.tokenizer, self.service.store, options)
         try:
             yield engine
         finally:

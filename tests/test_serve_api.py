@@ -11,11 +11,9 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-from torch import Tensor
 
 from bitloft.serve.api import BODY_BYTES
-from bitloft.serve.batch import Batch, Runner
-from tests.serving import NAMES, World
+from tests.serving import NAMES, World, failing, slowed
 
 CHAT: list[Any] = [{"role": "user", "content": "what is the capital of france ?"}]
 
@@ -190,13 +188,7 @@ def test_refusals(client: openai.OpenAI, fields: Any, kind: Any, code: str, para
 
 def test_a_full_queue_is_429_with_retry_after(world: World) -> None:
     with world.server_with(max_queue=1, max_batch=1) as server, pytest.MonkeyPatch.context() as patch:
-        step = Runner.step
-
-        def slowly(self: Runner, batch: Batch) -> Tensor:
-            time.sleep(0.05)
-            return step(self, batch)
-
-        patch.setattr(Runner, "step", slowly)
+        slowed(patch, 0.05)
         engine = server.service.engine
         options: Any = {"model": "base", "prompt": "one", "max_tokens": 100, "stream": True}
         with connect(server.url) as client:
@@ -222,14 +214,7 @@ def until(condition: Any) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(world: World, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    step, steps = Runner.step, []
-
-    def counted(self: Runner, batch: Batch) -> Tensor:
-        time.sleep(0.02)
-        steps.append(len(batch))
-        return step(self, batch)
-
-    monkeypatch.setattr(Runner, "step", counted)
+    steps = slowed(monkeypatch, 0.02)
     parts = urlsplit(world.url)
     body = {"model": "alpha", "prompt": "one", "max_tokens": 240, "stream": stream}
     with closing(http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)) as connection:
@@ -240,10 +225,7 @@ def test_a_client_that_leaves_frees_its_row(world: World, monkeypatch: pytest.Mo
 
 
 def test_an_engine_error_in_a_stream_is_a_frame(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Runner, batch: Batch) -> Tensor:
-        raise RuntimeError("secret detail")
-
-    monkeypatch.setattr(Runner, "step", fail)
+    failing(monkeypatch, "secret detail")
     body = {"model": "alpha", "prompt": "one", "max_tokens": 9, "stream": True}
     status, _, data = raw(world.url, "POST", "/v1/completions", body)
     frames = data.decode().split("\n\n")

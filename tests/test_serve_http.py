@@ -11,13 +11,11 @@ from pathlib import Path
 
 import openai
 import pytest
-from torch import Tensor
 
 from bitloft.errors import BitloftError, CheckpointError, OptionError
 from bitloft.options import ServeOptions
-from bitloft.serve.batch import Batch, Runner
 from bitloft.serve.http import Server, background, open_service, serve
-from tests.serving import World
+from tests.serving import World, slowed
 from tests.test_serve_api import connect, until
 
 
@@ -66,13 +64,7 @@ def test_other_machines_need_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Runner.step
-
-    def slowly(self: Runner, batch: Batch) -> Tensor:
-        time.sleep(0.02)
-        return step(self, batch)
-
-    monkeypatch.setattr(Runner, "step", slowly)
+    slowed(monkeypatch, 0.02)
 
 
 def stream(server: Server, tokens: int, found: list[str | None], errors: list[Exception]) -> threading.Thread:

@@ -64,10 +64,10 @@ class Service:
         return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def model(self, request: HttpRequest) -> Response:
-        return JSONResponse(self._card(self.store.acquire(request.path_params["name"]).name))
+        return JSONResponse(self._card(self.store.find(request.path_params["name"]).name))
 
     def _card(self, name: str) -> dict[str, Any]:
-        return model_card(name, self.store.base_name, self.started, self.store.acquire(name).note)
+        return model_card(name, self.store.base_name, self.started, self.store.find(name).note)
 
     async def chat(self, request: HttpRequest) -> Response:
         body = await _read(request, ChatBody)
@@ -80,7 +80,7 @@ class Service:
 
     async def _answer(self, http: HttpRequest, body: Body, encode: Any, *args: Any) -> Response:
         """Tokenize with ``encode(*args)``, submit, and answer whole or as a stream."""
-        name = self.store.acquire(body.model).name  # unknown models are refused before any work
+        name = self.store.find(body.model).name  # unknown models are refused before any work
         prompt: list[int] = await asyncio.get_running_loop().run_in_executor(self.pool, encode, *args)
         work = self.engine.submit(prompt, name, self._sampling(body, len(prompt)))
         shape = Shape(work.id, name, chat=isinstance(body, ChatBody))

@@ -44,14 +44,14 @@ def open_service(
     """
     base = Path(base)
     record = base_record(base)
-    model = load(base)
+    model = load(base, batch_invariant=options.batch_invariant)
     tokenizer = load_tokenizer(base)
     name = options.name or base.resolve().name
-    store = AdapterStore(AdapterBank(model), record, name, options.base_mismatch)
+    store = AdapterStore(AdapterBank(model), record, name, options)
     if adapter_dir is not None:
         store.scan(Path(adapter_dir))
     for name in store.names:
-        held = store.acquire(name)
+        held = store.find(name)
         tell(f"adapter {name}: {held.nbytes / 1024:.0f} KiB in memory" + (f"; {held.note}" if held.note else ""))
     for name, reason in store.refused.items():
         tell(f"adapter {name} is not served: {reason}")
@@ -114,6 +114,7 @@ def _run(server: Server) -> None:
         raise BitloftError(f"cannot listen on {server.config.host}:{server.config.port}; use another port.") from None
     finally:
         service.engine.stop()
+        service.store.close()
         service.pool.shutdown(wait=False, cancel_futures=True)
 
 
