@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bitloft.errors import OptionError
+from bitloft.errors import BitloftError, OptionError
 from bitloft.formats import Format
 from bitloft.options.fields import require, require_choices
 from bitloft.options.quantize import QuantizeOptions
@@ -137,7 +137,7 @@ def read_recipe(file: str | Path) -> Recipe:
         raise OptionError(f"there is no recipe {path} to read ({error}).") from None
     try:
         return recipe_of(tomllib.loads(_filled(text)), path.stem)
-    except (tomllib.TOMLDecodeError, OptionError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, BitloftError, TypeError) as error:
         raise OptionError(f"recipe {path}: {error}") from None
 
 
@@ -151,8 +151,14 @@ def recipe_of(table: Mapping[str, Any], name: str = "recipe") -> Recipe:
     kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key in ("model", "task"):
         require(key in kept, f"it names no {key}.")
-    training = {"save_every": 0, "dtype": "float32"} | training
+    training = {"save_every": 0, "dtype": "float32"} | {key: _number(key, value) for key, value in training.items()}
     return Recipe(**({"name": name} | kept), rows=made, train=TrainOptions(**training))
+
+
+def _number(key: str, value: Any) -> Any:
+    """An integer where TOML's reader gave one and a float is meant: ``epochs = 5``."""
+    kinds = {f.name: f.type for f in fields(TrainOptions)}
+    return float(value) if kinds.get(key) in (float, "float") and isinstance(value, int) else value
 
 
 def _rows(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Row]:
