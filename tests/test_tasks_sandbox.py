@@ -34,7 +34,15 @@ def test_nothing_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_network_where_the_kernel_lets_us() -> None:
-    code = "import socket\ns = socket.socket()\ns.settimeout(1)\ntry:\n    s.connect(('127.0.0.1', 9))\nexcept OSError as e:\n    import errno\n    assert e.errno == errno.ENETUNREACH, e"
+    code = """
+import errno, socket
+s = socket.socket()
+s.settimeout(1)
+try:
+    s.connect(('127.0.0.1', 9))
+except OSError as e:
+    assert e.errno == errno.ENETUNREACH, e
+"""
     found = sandbox.run(code)
     assert found.isolated == bool(sandbox.network_off())
     if found.isolated:

@@ -4,9 +4,8 @@ Each probe yields cells (row, seed, metrics). The adapters are those that the g2
 r8 of all linears; ``float`` is the adapter as trained, ``trained in float`` the one of ``lora`` put on that base.
 """
 
-import gc
 import json
-import os
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitloft.adapters import read_packed
 from bitloft.checkpoint import read_json, read_tensors
 from bitloft.compress import compress
 from bitloft.options.recipe import Row
@@ -184,32 +182,22 @@ def memory(work: Work) -> Found:
 
 
 def _memory() -> dict[str, float]:
+    import adapter_memory
+
     with tempfile.TemporaryDirectory() as place:
         plain, packed = Path(place) / "plain", Path(place) / "packed"
         values = _write_layer(plain)
         report = compress(plain, packed, method="loraquant", high=2, ratio=0.8)
-        held, grown = [], []
-        _use(read_packed(packed))
-        for count in (LAYERS, 4 * LAYERS):
-            gc.collect()
-            before = _resident()
-            held.append([read_packed(packed) for _ in range(count)])
-            grown.append(_resident() - before)
+        grown = []
+        for count in (LAYERS, 4 * LAYERS):  # a process each: one that has freed memory would reuse it and not grow
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                grown.append(pool.apply(adapter_memory.measured, (packed, count))["resident_bytes"])
         return {
             "float": 2 * values * LAYERS / 1e6,
             "2@0.8 on disk": report.bytes * LAYERS / 1e6,
             "2@0.8 resident": grown[0] / 1e6,
             "four over one": grown[1] / grown[0],
         }
-
-
-def _use(adapter: Any) -> None:
-    for module in adapter.modules.values():
-        _ = module.blocks
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_layer(directory: Path) -> int:

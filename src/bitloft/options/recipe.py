@@ -151,14 +151,14 @@ def recipe_of(table: Mapping[str, Any], name: str = "recipe") -> Recipe:
     kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key in ("model", "task"):
         require(key in kept, f"it names no {key}.")
-    training = {"save_every": 0, "dtype": "float32"} | {key: _number(key, value) for key, value in training.items()}
+    training = {"save_every": 0, "dtype": "float32"} | _floats(training)
     return Recipe(**({"name": name} | kept), rows=made, train=TrainOptions(**training))
 
 
-def _number(key: str, value: Any) -> Any:
-    """An integer where TOML's reader gave one and a float is meant: ``epochs = 5``."""
-    kinds = {f.name: f.type for f in fields(TrainOptions)}
-    return float(value) if kinds.get(key) in (float, "float") and isinstance(value, int) else value
+def _floats(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with floats where a number may be written without a point: ``epochs = 5``."""
+    names = ("epochs", "lr", "alpha", "dropout", "warmup", "weight_decay")
+    return {key: float(value) if key in names and isinstance(value, int) else value for key, value in table.items()}
 
 
 def _rows(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Row]:
@@ -169,7 +169,7 @@ def _rows(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Row]:
     several = {key: value if isinstance(value, list) else [value] for key, value in plain.items()}
     for chosen in itertools.product(*several.values()):
         settings = dict(zip(several, chosen, strict=True))
-        yield Row(**settings, quantize={} if settings.get("regime") in FLOAT else own)
+        yield Row(**_floats(settings), quantize={} if settings.get("regime") in FLOAT else own)
 
 
 def _known(where: str, given: Mapping[str, Any], names: Any) -> None:
