@@ -60,8 +60,11 @@ def test_differences_of_rows_are_paired() -> None:
     assert rules().decide(part, lambda model, row, metric: None).outcome == "not measured"
 
 
+def of(*names: str) -> str:
+    return str(rules().of_claim([rules().Verdict({}, name) for name in names]))
+
+
 def test_a_claim_is_what_its_parts_are() -> None:
-    of = lambda *names: rules().of_claim([rules().Verdict({}, name) for name in names])  # noqa: E731
     assert of("holds", "holds") == "holds"
     assert of("holds", "ties") == "ties"
     assert of("ties", "fails", "not measured") == "fails"

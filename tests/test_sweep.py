@@ -82,9 +82,12 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         sweep(recipe, tmp_path / "out")
     with pytest.raises(CheckpointError, match="resume with the same settings"):
         sweep(plan(tmp_path, seeds=[0, 1, 2]), tmp_path / "out", resume=True)
-    monkeypatch.setattr(
-        Bench, "run", lambda self, row, seed, **how: told.append("again") or run(self, row, seed, **how)
-    )
+
+    def counts(self: Bench, row: Any, seed: int, **how: Any) -> dict[str, Any]:
+        told.append("again")
+        return run(self, row, seed, **how)
+
+    monkeypatch.setattr(Bench, "run", counts)
     report = sweep(recipe, tmp_path / "out", resume=True)
     assert (report.resumed, report.cells) == (4, 6)
     assert told.count("again") == 2

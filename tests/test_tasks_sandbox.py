@@ -12,6 +12,7 @@ def test_ends_are_told_apart() -> None:
     wrong = sandbox.run("assert 1 == 2, 'no'")
     assert (wrong.ended, wrong.message) == ("failed", "AssertionError: no")
     assert not wrong.passed
+    assert sandbox.run("x = 1\0").ended == "failed"
 
 
 def test_an_endless_program_and_its_children_are_killed() -> None:
@@ -50,7 +51,7 @@ except OSError as e:
 
 
 def test_without_unshare_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     sandbox.network_off.cache_clear()
     try:
         assert sandbox.run("pass") == sandbox.Result("passed", "", False)

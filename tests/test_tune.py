@@ -89,9 +89,9 @@ def test_what_is_refused(bert: Path, learned: TuneReport, tiny_model: Path, tmp_
     with pytest.raises(DataError, match=r"there is no test data of rte at .* columns sentence1, sentence2, label"):
         judge(bert / "base", "rte", tmp_path / "nowhere")
     with pytest.raises(OptionError, match="is answered in text, and BertForSequenceClassification writes none"):
-        judge(bert / "base", "gsm8k", _gsm8k(tmp_path))
+        judge(bert / "base", "gsm8k", _gsm8k(tmp_path), length=64)
     with pytest.raises(OptionError, match="allow it with --allow-code-execution"):
-        judge(tiny_model, "humaneval", _humaneval(tmp_path))
+        judge(tiny_model, "humaneval", _humaneval(tmp_path), length=64)
     with pytest.raises(CheckpointError, match="exists already"):
         tune(bert / "base", "sst2", bert / "adapter", bert / "data")
     with pytest.raises(OptionError, match="is not resumed"):

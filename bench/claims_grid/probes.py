@@ -18,12 +18,15 @@ from torch import Tensor
 
 from bitloft.checkpoint import read_json, read_tensors
 from bitloft.compress import compress
-from bitloft.options.recipe import Row
+from bitloft.integrations.source import open_source
+from bitloft.judge import judge
+from bitloft.options.recipe import Row, recipe_of
 from bitloft.packing import block_bytes
-from bitloft.regimes import opened
+from bitloft.regimes import Bench, dense_source, opened
 from bitloft.solvers.adapter import Components, Loose, PackedBlock, Trained, components, factors, product_error
 from bitloft.solvers.baselines import rtn, sign
 from bitloft.solvers.loraquant import loraquant, loraquant_across, loraquant_unsplit
+from bitloft.tasks.catalog import find_task, form_of
 from claims_grid.work import Work, row_losses
 
 Found = Iterator[tuple[str, int, Callable[[], dict[str, Any]]]]
@@ -55,7 +58,7 @@ def _errors(work: Work, regime: str, width: str, settings: dict[str, Any]) -> di
 def outputs(work: Work) -> Found:
     """Loss before training of Q + s B A on held-out rows: Q rounded the same way, the factor fitted in three norms."""
     plain = {"feedback": "none", "sweeps": 0, "rounds": 1, "samples": 256, "calibrate_length": 32}
-    plain["samples"] = min(256, len(work.bench("g2p").train) // 2)
+    plain["samples"] = min(256, (work.recipes["g2p"].train_rows or 512) // 2)
     for width in WIDTHS:
         for metric in ("none", "diagonal", "full"):
             row = Row(
@@ -213,6 +216,42 @@ def _write_layer(directory: Path) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def paper(work: Work) -> Found:
+    """A row for every task of the papers that has data here: its own metrics on a few real rows, as ``eval --task``."""
+    for task in (*DECODED, *ENCODED) if "smollm2" in work.recipes else ():
+        yield task, 0, partial(_paper_task, work, task)
+
+
+DECODED = ("wikitext2", "gsm8k", "math", "humaneval", "mbpp", "xsum", "cnn_dailymail")
+ENCODED = {"sst2": "glue_sst2", "mrpc": "glue_mrpc", "rte": "glue_rte", "cola": "glue_cola", "qnli": "glue_qnli",
+           "mnli": "glue_mnli", "anli": "anli", "squad": "squad_v1"}  # fmt: skip
+TAUGHT = ("sst2", "mrpc", "rte", "cola")  # whose training rows are at hand; the other heads are random
+LIMITS = {"decoder": 2, "encoder": 64, "taught": 320}
+
+
+def _paper_task(work: Work, task: str) -> dict[str, Any]:
+    data = Path(str(work.recipes["smollm2"].data)).parent
+    if task in DECODED:
+        found = judge(
+            work.recipes["smollm2"].model, task, data / task, limit=LIMITS["decoder"], batch=2,
+            length=512, allow_code_execution=True,
+        )  # fmt: skip
+        return {score.name: score.value for score in found.scores}
+    settings = {"model": work.recipes["minilm"].model, "task": task, "data": str(data / ENCODED[task]), "length": 96}
+    settings |= {"train_rows": LIMITS["taught"], "test_rows": LIMITS["encoder"], "rows": [{"regime": "lora"}]}
+    settings["train"] = {"steps": 10, "batch": 32, "lr": 3e-3}
+    recipe = recipe_of(settings)
+    row, place = recipe.rows[0], work.directory / "paper"
+    if task in TAUGHT:
+        cell = Bench.open(recipe, place).run(row, 0)
+        return {score["name"]: score["value"] for score in cell["scores"]}
+    chosen = find_task(task)
+    model = opened(dense_source(Path(recipe.model), chosen, place), row, 0)
+    form = form_of(chosen, model.config, open_source(recipe.model).tokenizer, length=recipe.length)
+    rows = chosen.rows(recipe.data, "test", recipe.test_rows)
+    return {score.name: score.value for score in form.judge(model.eval(), rows, 16)}
+
+
 PROBES: dict[str, Callable[[Work], Found]] = {
     "sizes": sizes,
     "bits": bits,
@@ -221,4 +260,5 @@ PROBES: dict[str, Callable[[Work], Found]] = {
     "outputs": outputs,
     "ranges": ranges,
     "adapters": adapters,
+    "paper": paper,
 }
