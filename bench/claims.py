@@ -40,8 +40,11 @@ Step = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
 def main() -> int:
     parser = harness.grid_parser(__doc__)
-    parser.add_argument("--only", default="", help="models and probes to measure, by commas (default: all, in order)")
-    parser.add_argument("--seeds", type=int, default=None, help="measure the first so many seeds of each model only")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="models and probes to measure, by commas, in stages by semicolons; NAME@N takes N seeds (default: all)",
+    )
     parser.add_argument("--skip", default="", help="rows to leave out, by commas")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/benchmarks.md")
     given = harness.grid_arguments(parser)
@@ -67,12 +70,11 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
     recipes = {name: recipe_of(entry, name) for name, entry in table["recipes"].items()}
     if mode == "quick":
         recipes = {"g2p": replace(recipes["g2p"], seeds=(0, 1))}
-    recipes = {name: replace(recipe, seeds=recipe.seeds[: given.seeds]) for name, recipe in recipes.items()}
     work, differing = Work(place, cells, recipes), list[str]()
-    chosen = [name for name in given.only.split(",") if name] or [*recipes, *PROBES]
-    steps = list(planned(work, [name for name in chosen if name in recipes or name in PROBES]))
+    stages = given.only.split(";") if given.only else [",".join([*recipes, *PROBES])]
     skipped = given.skip.split(",")
-    steps = [(key, make) for key, make in steps if key["row"] not in skipped]
+    found_steps = (step for stage in stages for step in planned(work, stage.split(",")))
+    steps = [(key, make) for key, make in found_steps if key["row"] not in skipped]
     if not given.report:
         if given.verify:
             differing = verify(work, steps, given.verify)
@@ -93,19 +95,24 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
     return 1 if differing else 0
 
 
-def planned(work: Work, names: list[str]) -> Iterator[Step]:
+def planned(work: Work, stage: list[str]) -> Iterator[Step]:
     """Every cell's key and how it is measured: all models seed by seed, then the probes, which use their adapters."""
+    seeds = {name.partition("@")[0]: int(name.partition("@")[2] or 1000) for name in stage}
+    names = list(seeds)
     trained: list[tuple[int, int, dict[str, Any], Callable[[], dict[str, Any]]]] = [
         (seed, order, key, partial(work.measure, name, row, seed))
         for order, name in enumerate(names)
         if name in work.recipes
         for key, row, seed in work.trained(name)
+        if seed in work.recipes[name].seeds[: seeds[name]]
     ]
     for _, _, key, make in sorted(trained, key=lambda entry: entry[:2]):
         yield key, make
     for name in names:
         if name in PROBES:
             for row, seed, probe in PROBES[name](work):
+                if seed >= seeds[name]:
+                    continue
                 yield {"model": name, "row": row, "seed": seed}, partial(_probed, probe)
 
 

@@ -30,7 +30,10 @@ def test_an_answer_is_a_body_or_a_fence() -> None:
 
 
 def test_right_and_wrong_answers_are_told_apart() -> None:
-    answers = [["    return a + b\n", "    return a - b\n"], ["```python\ndef add(a, b): return b + a\n```", "    retur"]]
+    answers = [
+        ["    return a + b\n", "    return a - b\n"],
+        ["```python\ndef add(a, b): return b + a\n```", "    retur"],
+    ]
     (score,) = TASKS["humaneval"].scores([ROW, ROW], answers)
     assert score.name == "pass@1"
     assert score.value == 0.5

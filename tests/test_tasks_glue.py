@@ -62,7 +62,12 @@ def test_an_encoder_learns_a_word(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert(tmp_path / "m", labels=2))
     form = Classes(TASKS["sst2"], AutoTokenizer.from_pretrained(tmp_path / "m"), 32)
     rows = TASKS["sst2"].rows(sentiment(tmp_path / "data"), "train")
-    fit(model.train(), form, form.examples(rows), TrainOptions(steps=30, lr=5e-3, batch=8, dtype="float32", save_every=0))
+    fit(
+        model.train(),
+        form,
+        form.examples(rows),
+        TrainOptions(steps=30, lr=5e-3, batch=8, dtype="float32", save_every=0),
+    )
     (score,) = form.judge(model.eval(), rows, 5)
     assert score.value == 1.0
     assert score.count == 24

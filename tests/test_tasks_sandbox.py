@@ -12,6 +12,7 @@ def test_ends_are_told_apart() -> None:
     wrong = sandbox.run("assert 1 == 2, 'no'")
     assert (wrong.ended, wrong.message) == ("failed", "AssertionError: no")
     assert not wrong.passed
+    assert sandbox.run("x = 1\0").ended == "failed"
 
 
 def test_an_endless_program_and_its_children_are_killed() -> None:
@@ -34,7 +35,15 @@ def test_nothing_of_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_network_where_the_kernel_lets_us() -> None:
-    code = "import socket\ns = socket.socket()\ns.settimeout(1)\ntry:\n    s.connect(('127.0.0.1', 9))\nexcept OSError as e:\n    import errno\n    assert e.errno == errno.ENETUNREACH, e"
+    code = """
+import errno, socket
+s = socket.socket()
+s.settimeout(1)
+try:
+    s.connect(('127.0.0.1', 9))
+except OSError as e:
+    assert e.errno == errno.ENETUNREACH, e
+"""
     found = sandbox.run(code)
     assert found.isolated == bool(sandbox.network_off())
     if found.isolated:
@@ -42,7 +51,7 @@ def test_no_network_where_the_kernel_lets_us() -> None:
 
 
 def test_without_unshare_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     sandbox.network_off.cache_clear()
     try:
         assert sandbox.run("pass") == sandbox.Result("passed", "", False)

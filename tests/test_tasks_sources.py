@@ -58,7 +58,9 @@ def test_bad_files_are_refused(tmp_path: Path, content: str, said: str) -> None:
 
 def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(OptionError, match=r"needs the package datasets \(bitloft\[eval\]\).*wants the columns text, label"):
+    with pytest.raises(
+        OptionError, match=r"needs the package datasets \(bitloft\[eval\]\).*wants the columns text, label"
+    ):
         read_source(SOURCE, None, "train")
 
 
@@ -73,7 +75,9 @@ def test_the_hub_s_rows_and_its_failures(monkeypatch: pytest.MonkeyPatch) -> Non
             return [{"text": "a", "Quality": 1}, {"text": "b", "Quality": 0}]
 
     monkeypatch.setitem(sys.modules, "datasets", Hub())
-    source = Source(("text", "label"), "some/set", "cfg", {"train": "train", "test": "validation"}, aliases=SOURCE.aliases)
+    source = Source(
+        ("text", "label"), "some/set", "cfg", {"train": "train", "test": "validation"}, aliases=SOURCE.aliases
+    )
     assert read_source(source, None, "train") == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     assert Hub.asked == ("some/set", "cfg", "train")
     with pytest.raises(DataError, match=r"cannot be loaded from the hub \(no route\); give a local folder"):

@@ -21,7 +21,15 @@ def right(rows: Any, answers: Any) -> list[Score]:
 
 
 TASK = TextTask(
-    "demo", Source(("a", "b"), "x/y"), lambda r: r["a"], lambda r: r["b"], right, ("right",), 6, stop=(".",), suffix=" ?"
+    "demo",
+    Source(("a", "b"), "x/y"),
+    lambda r: r["a"],
+    lambda r: r["b"],
+    right,
+    ("right",),
+    6,
+    stop=(".",),
+    suffix=" ?",
 )
 ROWS = [{"a": "one two", "b": "three"}, {"a": "the quick brown fox", "b": "jumps over"}]
 

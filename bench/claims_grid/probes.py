@@ -4,9 +4,8 @@ Each probe yields cells (row, seed, metrics). The adapters are those that the g2
 r8 of all linears; ``float`` is the adapter as trained, ``trained in float`` the one of ``lora`` put on that base.
 """
 
-import gc
 import json
-import os
+import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,15 +16,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitloft.adapters import read_packed
 from bitloft.checkpoint import read_json, read_tensors
 from bitloft.compress import compress
-from bitloft.options.recipe import Row
+from bitloft.integrations.source import open_source
+from bitloft.judge import judge
+from bitloft.options.recipe import Row, recipe_of
 from bitloft.packing import block_bytes
-from bitloft.regimes import opened
+from bitloft.regimes import Bench, dense_source, opened
 from bitloft.solvers.adapter import Components, Loose, PackedBlock, Trained, components, factors, product_error
 from bitloft.solvers.baselines import rtn, sign
 from bitloft.solvers.loraquant import loraquant, loraquant_across, loraquant_unsplit
+from bitloft.tasks.catalog import find_task, form_of
 from claims_grid.work import Work, row_losses
 
 Found = Iterator[tuple[str, int, Callable[[], dict[str, Any]]]]
@@ -57,7 +58,7 @@ def _errors(work: Work, regime: str, width: str, settings: dict[str, Any]) -> di
 def outputs(work: Work) -> Found:
     """Loss before training of Q + s B A on held-out rows: Q rounded the same way, the factor fitted in three norms."""
     plain = {"feedback": "none", "sweeps": 0, "rounds": 1, "samples": 256, "calibrate_length": 32}
-    plain["samples"] = min(256, len(work.bench("g2p").train) // 2)
+    plain["samples"] = min(256, (work.recipes["g2p"].train_rows or 512) // 2)
     for width in WIDTHS:
         for metric in ("none", "diagonal", "full"):
             row = Row(
@@ -184,32 +185,22 @@ def memory(work: Work) -> Found:
 
 
 def _memory() -> dict[str, float]:
+    import adapter_memory
+
     with tempfile.TemporaryDirectory() as place:
         plain, packed = Path(place) / "plain", Path(place) / "packed"
         values = _write_layer(plain)
         report = compress(plain, packed, method="loraquant", high=2, ratio=0.8)
-        held, grown = [], []
-        _use(read_packed(packed))
-        for count in (LAYERS, 4 * LAYERS):
-            gc.collect()
-            before = _resident()
-            held.append([read_packed(packed) for _ in range(count)])
-            grown.append(_resident() - before)
+        grown = []
+        for count in (LAYERS, 4 * LAYERS):  # a process each: one that has freed memory would reuse it and not grow
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                grown.append(pool.apply(adapter_memory.measured, (packed, count))["resident_bytes"])
         return {
             "float": 2 * values * LAYERS / 1e6,
             "2@0.8 on disk": report.bytes * LAYERS / 1e6,
             "2@0.8 resident": grown[0] / 1e6,
             "four over one": grown[1] / grown[0],
         }
-
-
-def _use(adapter: Any) -> None:
-    for module in adapter.modules.values():
-        _ = module.blocks
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_layer(directory: Path) -> int:
@@ -225,6 +216,42 @@ def _write_layer(directory: Path) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def paper(work: Work) -> Found:
+    """A row for every task of the papers that has data here: its own metrics on a few real rows, as ``eval --task``."""
+    for task in (*DECODED, *ENCODED) if "smollm2" in work.recipes else ():
+        yield task, 0, partial(_paper_task, work, task)
+
+
+DECODED = ("wikitext2", "gsm8k", "math", "humaneval", "mbpp", "xsum", "cnn_dailymail")
+ENCODED = {"sst2": "glue_sst2", "mrpc": "glue_mrpc", "rte": "glue_rte", "cola": "glue_cola", "qnli": "glue_qnli",
+           "mnli": "glue_mnli", "anli": "anli", "squad": "squad_v1"}  # fmt: skip
+TAUGHT = ("sst2", "mrpc", "rte", "cola")  # whose training rows are at hand; the other heads are random
+LIMITS = {"decoder": 2, "encoder": 64, "taught": 320}
+
+
+def _paper_task(work: Work, task: str) -> dict[str, Any]:
+    data = Path(str(work.recipes["smollm2"].data)).parent
+    if task in DECODED:
+        found = judge(
+            work.recipes["smollm2"].model, task, data / task, limit=LIMITS["decoder"], batch=2,
+            length=512, allow_code_execution=True,
+        )  # fmt: skip
+        return {score.name: score.value for score in found.scores}
+    settings = {"model": work.recipes["minilm"].model, "task": task, "data": str(data / ENCODED[task]), "length": 96}
+    settings |= {"train_rows": LIMITS["taught"], "test_rows": LIMITS["encoder"], "rows": [{"regime": "lora"}]}
+    settings["train"] = {"steps": 10, "batch": 32, "lr": 3e-3}
+    recipe = recipe_of(settings)
+    row, place = recipe.rows[0], work.directory / "paper"
+    if task in TAUGHT:
+        cell = Bench.open(recipe, place).run(row, 0)
+        return {score["name"]: score["value"] for score in cell["scores"]}
+    chosen = find_task(task)
+    model = opened(dense_source(Path(recipe.model), chosen, place), row, 0)
+    form = form_of(chosen, model.config, open_source(recipe.model).tokenizer, length=recipe.length)
+    rows = chosen.rows(recipe.data, "test", recipe.test_rows)
+    return {score.name: score.value for score in form.judge(model.eval(), rows, 16)}
+
+
 PROBES: dict[str, Callable[[Work], Found]] = {
     "sizes": sizes,
     "bits": bits,
@@ -233,4 +260,5 @@ PROBES: dict[str, Callable[[Work], Found]] = {
     "outputs": outputs,
     "ranges": ranges,
     "adapters": adapters,
+    "paper": paper,
 }

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bitloft.errors import OptionError
+from bitloft.errors import BitloftError, OptionError
 from bitloft.formats import Format
 from bitloft.options.fields import require, require_choices
 from bitloft.options.quantize import QuantizeOptions
@@ -137,7 +137,7 @@ def read_recipe(file: str | Path) -> Recipe:
         raise OptionError(f"there is no recipe {path} to read ({error}).") from None
     try:
         return recipe_of(tomllib.loads(_filled(text)), path.stem)
-    except (tomllib.TOMLDecodeError, OptionError, TypeError) as error:
+    except (tomllib.TOMLDecodeError, BitloftError, TypeError) as error:
         raise OptionError(f"recipe {path}: {error}") from None
 
 
@@ -151,8 +151,14 @@ def recipe_of(table: Mapping[str, Any], name: str = "recipe") -> Recipe:
     kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key in ("model", "task"):
         require(key in kept, f"it names no {key}.")
-    training = {"save_every": 0, "dtype": "float32"} | training
+    training = {"save_every": 0, "dtype": "float32"} | _floats(training)
     return Recipe(**({"name": name} | kept), rows=made, train=TrainOptions(**training))
+
+
+def _floats(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with floats where a number may be written without a point: ``epochs = 5``."""
+    names = ("epochs", "lr", "alpha", "dropout", "warmup", "weight_decay")
+    return {key: float(value) if key in names and isinstance(value, int) else value for key, value in table.items()}
 
 
 def _rows(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Row]:
@@ -163,7 +169,7 @@ def _rows(table: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[Row]:
     several = {key: value if isinstance(value, list) else [value] for key, value in plain.items()}
     for chosen in itertools.product(*several.values()):
         settings = dict(zip(several, chosen, strict=True))
-        yield Row(**settings, quantize={} if settings.get("regime") in FLOAT else own)
+        yield Row(**_floats(settings), quantize={} if settings.get("regime") in FLOAT else own)
 
 
 def _known(where: str, given: Mapping[str, Any], names: Any) -> None:

@@ -60,8 +60,14 @@ def run(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> Resu
         ):
             resource.setrlimit(kind, (most, most))
 
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as errors:
-        command = [*network_off(), sys.executable, "-I", "-c", program]
+    with (
+        tempfile.TemporaryDirectory() as place,
+        tempfile.NamedTemporaryFile(suffix=".py") as file,
+        tempfile.TemporaryFile() as errors,
+    ):
+        file.write(program.encode("utf-8", "replace"))
+        file.flush()
+        command = [*network_off(), sys.executable, "-I", file.name]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -47,7 +47,11 @@ def mean(name: str, values: Sequence[float | int], better: str = "high") -> Scor
 
 
 def of_set(
-    name: str, figure: Callable[[Any, Any], float], wanted: Sequence[float | int], given: Sequence[float | int], seed: int = 0
+    name: str,
+    figure: Callable[[Any, Any], float],
+    wanted: Sequence[float | int],
+    given: Sequence[float | int],
+    seed: int = 0,
 ) -> Score:
     """``figure(wanted, given)`` of the whole set, its error by resampling rows."""
     true, found = np.asarray(wanted), np.asarray(given)
