@@ -138,9 +138,13 @@ def _reasons(left: Mapping[str, str]) -> str:
 
 
 def train(base: Base, data: Data, out: Out, options: TrainOptions, overwrite: Overwrite = False) -> None:
-    """Fine-tune a LoRA adapter on a packed base."""
+    """Fine-tune a LoRA adapter on a packed base; under torchrun or accelerate launch by several processes."""
+    from bitloft.integrations.distributed import is_first
     from bitloft.train import train as verb
 
+    if not is_first():
+        verb(base, data, out, options, overwrite=overwrite)
+        return
     with progress("training") as step:
         report = verb(base, data, out, options, overwrite=overwrite, progress=step)
     show(
