@@ -73,7 +73,7 @@ def test_three_bits_lie_over_the_ends_of_words_as_gptqs_own_code_lays_them() -> 
 
 
 def test_the_adapter_is_joined_to_the_start(tiny_model: Path, tmp_path: Path) -> None:
-    quantize(tiny_model, tmp_path / "base", format="uniform4:64", rank=4)
+    quantize(tiny_model, tmp_path / "base", format="uniform4:32", rank=4)
     adapter = make_adapter(tmp_path / "a", base=tmp_path / "base")
     report = convert(tmp_path / "base", tmp_path / "out", to="gptq", adapter=adapter)
     assert report.rank == 8
