@@ -61,7 +61,7 @@ def main() -> int:
     ]
     harness.table(("what", "planned", "happened", "difference"), rows)
     errors = {name: difference for name, _, _, difference in rows}
-    figures = {
+    figures: dict[str, Any] = {
         "bytes_error": round(max(abs(errors[name]) for name in sizes), 5),
         "time_error": round(max(abs(errors[name]) for name in times), 4),
         "errors": {name: round(value, 5) for name, value in errors.items()},

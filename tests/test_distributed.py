@@ -85,10 +85,9 @@ def runs(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     cut = shard | {"out": str(place / "cut"), "die": 5}
     assert launch(base, data, [ddp, shard, cut], 29701)
     assert (place / "cut.work" / "checkpoint-3" / "complete.json").exists()
-    resumed = shard | {"out": str(place / "cut"), "resume": True}
-    other = ddp | {"out": str(place / "cut-ddp"), "die": 5}
-    assert launch(base, data, [resumed, other], 29702)
-    launch(base, data, [ddp | {"out": str(place / "cut-ddp"), "resume": True}], 29703)
+    launch(base, data, [shard | {"out": str(place / "cut"), "resume": True}], 29702)
+    assert launch(base, data, [ddp | {"out": str(place / "cut-ddp"), "die": 5}], 29703)
+    launch(base, data, [ddp | {"out": str(place / "cut-ddp"), "resume": True}], 29705)
     return place
 
 

@@ -94,7 +94,9 @@ class SafeTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         directory, state = Path(output_dir), self.optimizer.state_dict()
-        tensors = {f"{i}.{key}": whole(t) for i, held in state["state"].items() for key, t in held.items()}
+        # in one order everywhere: processes put shared tensors together side by side, and files are read in any order
+        named = sorted((i, key) for i, held in state["state"].items() for key in held)
+        tensors = {f"{i}.{key}": whole(state["state"][i][key]) for i, key in named}
         if not self.args.should_save:
             return
         write_tensors(directory / f"{OPTIMIZER}.safetensors", tensors)

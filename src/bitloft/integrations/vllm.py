@@ -131,7 +131,7 @@ def resolver(bundles: Bundles) -> Any:
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 
-    class BitloftResolver(LoRAResolver):  # type: ignore[misc]
+    class BitloftResolver(LoRAResolver):
         """Finds packed adapters for vLLM."""
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:

@@ -126,7 +126,6 @@ def deploy(
     Raises BitloftError where replicas do not come up.
     """
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
 
     many = replicas.most is not None and replicas.most > replicas.least
     scaled: dict[str, Any] = {"num_replicas": replicas.least}
@@ -143,7 +142,7 @@ def deploy(
         graceful_shutdown_timeout_s=options.drain_seconds,
         health_check_period_s=5,
         ray_actor_options={"num_cpus": replicas.threads},
-        request_router_config=RequestRouterConfig(request_router_class="bitloft.serve.routing.RendezvousRouter"),
+        request_router_config=_routing(),
         **scaled,
     )(Replica)
     inner = replace(options, port=1)  # no replica listens
@@ -156,6 +155,19 @@ def deploy(
         raise BitloftError(
             f"the replicas did not start ({why}); `bitloft serve` without --engine tells more."
         ) from error
+
+
+def _routing() -> Any:
+    """Serve's setting for our router, which it would send as a copy of its module's code; nodes have the package."""
+    from ray import cloudpickle
+    from ray.serve.config import RequestRouterConfig
+
+    from bitloft.serve.routing import RendezvousRouter
+
+    return RequestRouterConfig(
+        request_router_class=f"{RendezvousRouter.__module__}.{RendezvousRouter.__name__}",
+        _serialized_request_router_cls=cloudpickle.dumps(RendezvousRouter),
+    )
 
 
 class Front:
@@ -249,7 +261,8 @@ async def _until(call: Any, gone: "asyncio.Task[None]") -> AsyncIterator[Message
     try:
         while True:
             coming: asyncio.Future[Message] = asyncio.ensure_future(anext(messages))
-            await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {coming, gone}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
                 coming.cancel()
                 return
