@@ -96,10 +96,11 @@ def test_a_run_that_stopped_on_ray_goes_on_here(ray_cluster: None, tiny_model: P
 
 
 def test_what_does_not_go_together(tiny_model: Path, tmp_path: Path) -> None:
-    for wrong, sentence in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"jobs": 2, "cluster": Cluster()}, "jobs is 2, but a cluster has workers"),
         ({"threads": 2, "cluster": Cluster()}, "threads is 2, and that of the cluster is 1"),
-    ):
+    )
+    for wrong, sentence in cases:
         with pytest.raises(OptionError, match=sentence):
             quantize(tiny_model, tmp_path / "out", **SETTINGS, **wrong)
     gguf = tmp_path / "m.gguf"

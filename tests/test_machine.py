@@ -19,7 +19,7 @@ def test_a_fit_finds_what_made_the_times() -> None:
     for _ in range(12):
         features = {
             "matrices": 1.0,
-            "weights": float(random.integers(1e3, 1e7)),
+            "weights": float(random.integers(1000, 10_000_000)),
             "edges": float(random.integers(10, 999)),
         }
         rows.append((features, sum(truth[name] * value for name, value in features.items())))

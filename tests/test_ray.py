@@ -142,7 +142,7 @@ def test_addresses(address: str) -> None:
 def test_bad_numbers_and_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("workers", "threads", "memory", "attempts", "store"):
         with pytest.raises(OptionError, match=f"{name} of the cluster is 0; use 1 or more"):
-            Cluster(**{name: 0})
+            Cluster(**{name: 0})  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(OptionError, match=r"the engine ray needs Ray .*pip install 'bitloft\[ray\]'"),

@@ -180,8 +180,24 @@ def serve(
     adapter_dir: Annotated[
         Path | None, typer.Option("--adapter-dir", help="directory whose subdirectories are adapters")
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray: replicas on a Ray cluster")] = "local",
+    address: Address = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", help="ray: replicas, or the least of them")] = None,
+    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="ray: as many where requests ask")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="ray: processors of a replica")] = None,
 ) -> None:
     """Serve a base and its adapters over an OpenAI-shaped HTTP interface."""
+    cluster = cluster_of(engine, address, None, None, threads or 1)
+    given = {"--replicas": replicas, "--max-replicas": max_replicas, "--threads": threads}
+    if cluster is not None:
+        from bitloft.serve.deployment import Replicas
+        from bitloft.serve.deployment import serve as spread
+
+        spread(base, adapter_dir, options, Replicas(replicas or 1, max_replicas, threads or 1), cluster)
+        return
+    for flag, value in given.items():
+        if value is not None:
+            raise OptionError(f"{flag} is for --engine ray; leave it out.")
     from bitloft.serve.http import serve as verb
 
     verb(base, adapter_dir, options)

@@ -67,6 +67,7 @@ def convert(
         "dense": "rounding to its dtype changed each matrix by",
         "portable": "the base differs from the original by |W - Q - s0*B0*A0| / |W|",
         "bitsandbytes": "change of each matrix",
+        "gptq": "rounding scales to float16 changed each matrix by",
     }
     losses = ", ".join(f"{loss:.5f} {name}" for name, loss in report.losses.items())
     show(

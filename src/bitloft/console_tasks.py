@@ -30,14 +30,18 @@ def train(
     limit: Annotated[int | None, typer.Option("--limit", help="with --task: train on the first so many rows")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fine-tune a LoRA adapter on a packed base, on a data file or on a task."""
+    """Fine-tune a LoRA adapter on a packed base; on a data file also by several processes (torchrun, accelerate)."""
     if task is not None:
         _train_task(base, task, data, out, options, limit, overwrite)
         return
     require(data is not None, "train learns from --data FILE or from --task NAME; give one of them.")
     require(limit is None, "limit is for --task; cut the data file itself.")
+    from bitloft.integrations.distributed import is_first
     from bitloft.train import train as verb
 
+    if not is_first():
+        verb(base, str(data), out, options, overwrite=overwrite)
+        return
     with progress("training") as step:
         report = verb(base, str(data), out, options, overwrite=overwrite, progress=step)
     show(

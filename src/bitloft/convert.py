@@ -3,6 +3,7 @@
     dense         Q + s0*B0*A0 (+ s*B*A) per matrix, as a plain transformers folder in 16 bit
     portable      the adapter as a LoRA for the original model W: exact in the difference alone, since the two models
                   differ by W - Q - s0*B0*A0; that norm is given, and the loss of both where a text is
+    gptq          the codes of a base in one uniform format, in the layout that vLLM and GPTQModel read
     bitsandbytes  the codes of an nf4 base as a load_in_4bit checkpoint, equal to the bit; such a file has no place for
                   a start, which becomes a LoRA beside it (with the adapter, where one is given)
 
@@ -26,13 +27,14 @@ from bitloft.checkpoint import copy_companions, read_json, writing
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked, write_lora
-from bitloft.integrations import bitsandbytes, loading
+from bitloft.integrations import bitsandbytes, gptq, loading
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.packing import dense_linear
 from bitloft.integrations.source import open_source
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
 from bitloft.options import ConvertOptions, EvalOptions
+from bitloft.packed import scales_of
 from bitloft.solvers.base import relative
 
 REPORT = "bitloft_report.json"
@@ -303,4 +305,41 @@ def _bitsandbytes_losses(job: _Job, directory: Path, started: bool) -> dict[str,
     return {"base": job.loss_of_base(), "converted": job.loss(model, adapter, loading.load_tokenizer(job.base))}
 
 
-_TARGETS = {"dense": _dense, "portable": _portable, "bitsandbytes": _bitsandbytes}
+def _gptq(job: _Job, directory: Path) -> ConvertReport:
+    """Codes and zero points as they are, scales in float16; the start, and the adapter, as a LoRA in ``start``."""
+    if job.data is not None:
+        raise OptionError(
+            "a GPTQ checkpoint needs its own packages to run, so no loss is measured here; leave data out."
+        )
+    dtype = _dtype(job)
+    model = loading.load(job.base, dtype=dtype)
+    bitsandbytes.require_linears(model)
+    layers, fmt = gptq.layers_of(model)
+    pairs = {} if job.factors is None else dict(job.factors.pairs)
+    for name, pair in pairs.items():
+        linear_of(model, name, pair, job.adapter)
+    changes = {}
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        if layer.rank:
+            start = Pair(layer.start_a(), layer.scaling * layer.start_b())
+            pairs[name] = stacked(start, pairs[name]) if name in pairs else start
+        layer.start_enabled = False
+        tensors, exact = gptq.stored_tensors(layer.packed_weight()), layer.dense()
+        size = fmt.group_size(layer.in_features)
+        # rounding a scale is all that can change: the same share of every value of its group
+        scales = scales_of(layer.packed_weight(), slice(None), torch.float32)
+        ratio = torch.where(scales == 0, 1.0, tensors["scales"].T.float() / scales).repeat_interleave(size, dim=1)
+        changes[name] = relative(exact * ratio - exact, exact)
+        bias = {} if layer.bias is None else {"bias": layer.bias.data}
+        replace_module(model, name, bitsandbytes.Stored(tensors | bias))
+        job.step(done, len(layers), name)
+    gptq.save(model, directory, fmt)
+    copy_companions(job.base, directory)
+    rank, notes = None, []
+    if pairs:
+        rank = write_lora(directory / START, pairs, base_name=str(job.out), config={"task_type": _task_type(job)})
+        notes.append(f"GPTQ's layout has no place for a start: it is the LoRA in {job.out / START}.")
+    return ConvertReport("gptq", str(job.base), str(job.out), changes, rank, tuple(notes))
+
+
+_TARGETS = {"dense": _dense, "portable": _portable, "bitsandbytes": _bitsandbytes, "gptq": _gptq}

@@ -85,6 +85,16 @@ def stacked(first: Pair, second: Pair) -> Pair:
     return Pair(torch.cat([first.a, second.a]), torch.cat([first.b, second.b], dim=1))
 
 
+def _rounded(name: str, pair: Pair, dtype: torch.dtype) -> Pair:
+    """A pair in ``dtype``, each component's two sides brought to the same size by a power of two first."""
+    norms = [torch.linalg.vector_norm(side, dim=1, keepdim=True).clamp_min(1e-30) for side in (pair.a, pair.b.T)]
+    balance = torch.exp2(torch.round(torch.log2(norms[1] / norms[0]) / 2))
+    found = Pair((pair.a * balance).to(dtype), (pair.b / balance.T).to(dtype))
+    if not bool(torch.isfinite(found.a).all() and torch.isfinite(found.b).all()):
+        raise AdapterError(f"the factors of {name} are beyond {str(dtype)[6:]}; they cannot be written in it.")
+    return found
+
+
 def write_lora(
     directory: Path,
     pairs: Mapping[str, Pair],
@@ -92,12 +102,14 @@ def write_lora(
     base_name: str,
     config: Mapping[str, Any] | None = None,
     record: Mapping[str, str | None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> int:
     """Write pairs as a PEFT adapter into ``directory``; returns its rank.
 
     Every module gets the largest rank, zeros fill up, since not every reader knows ``rank_pattern``; a module too small
     for that rank gets its own. ``config`` may add fields such as task_type; ``record`` goes into bitloft_adapter.json.
-    Raises AdapterError without pairs, and where a factor holds NaN or infinity.
+    ``dtype`` is the files'; the pairs are balanced for a 16-bit one. Raises AdapterError without pairs, and where a
+    factor holds NaN or infinity, in ``dtype`` too.
     """
     if not pairs:
         raise AdapterError(f"no module is left to write into the adapter for {base_name}.")
@@ -109,6 +121,7 @@ def write_lora(
             own = patterns[f"^{name}"] = max(pair.rank, 1)
         if not bool(torch.isfinite(pair.a).all() and torch.isfinite(pair.b).all()):
             raise AdapterError(f"the factors of {name} hold NaN or infinity; the adapter is damaged.")
+        pair = pair if dtype == torch.float32 else _rounded(name, pair, dtype)
         pad = own - pair.rank
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(pair.a, (0, 0, 0, pad)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(pair.b, (0, pad)).contiguous()

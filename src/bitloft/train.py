@@ -4,15 +4,20 @@ By default the base keeps its start frozen and a fresh adapter is trained on top
 published: the start itself is trained, and its difference to the frozen start is what is saved. Either way the
 adapter directory is PEFT's, relative to the base with its start.
 
+Under torchrun or accelerate launch every process calls ``train``: each takes batches of its own, the first one writes,
+and N processes with batch b compute what one does with N*b sequences a step (``integrations/distributed.py``).
+
 Checkpoints live in ``OUT.work`` beside ``OUT`` until the run is complete, together with what the run was asked for: a
 run is resumed with the same settings, base and data, or not at all.
 """
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ from transformers import PreTrainedModel
 
 from bitloft.checkpoint import read_json, sha256, write_json, writing
 from bitloft.errors import CheckpointError
+from bitloft.integrations import distributed
 from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
 from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
 from bitloft.integrations.trainer import Progress, SafeTrainer, last_checkpoint, make_trainer, step_of
@@ -76,11 +82,12 @@ def train(
 
     Settings are the fields of TrainOptions. ``progress`` is called with (steps done, steps in all, text). Raises
     OptionError, DataError (file and line) and CheckpointError before anything is trained; BitloftError where the loss
-    is not finite.
+    is not finite. In a launcher's process all of them return the report, and the first one writes.
     """
     options, out = options or TrainOptions(**settings), Path(out)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
+    distributed.join()
     record, rows, tokenizer = base_record(base), read_rows(data), load_tokenizer(base)
     examples, cut = encode_rows(rows, tokenizer, options.length)
     # on the CPU, codes in the stored order: the Trainer moves it to the device of its process, and may shard it
@@ -89,13 +96,17 @@ def train(
     precision = choose_precision(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     adapted, work = _adapted(model, options), out.with_name(out.name + ".work")
     wanted = _identity(options, record, Path(data), precision)
-    resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite)
-    shown = Progress(progress)
+    with distributed.first_alone() as first:
+        resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite) if first else None
+    resumed = resumed if first else last_checkpoint(work)
+    _distribute(adapted, options)
+    shown = Progress(progress if first else None)
     trainer = _trainer(adapted, examples, Collator.for_tokenizer(tokenizer), options, precision, work, shown)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     seconds = time.perf_counter() - began
-    with writing(out, overwrite=overwrite) as directory:
+    distributed.gather(adapted)
+    with distributed.first_alone(), _output(out, overwrite=overwrite) as directory:
         made = {"base": record.fingerprint, "source": record.source, "start": options.start}
         config = save_adapter(adapted, directory, base=str(base), record=made)
         report = TrainReport(
@@ -118,8 +129,28 @@ def train(
             seconds_per_step=seconds / max(shown.steps_here, 1),
         )
         write_json(directory / REPORT, report.to_dict())
-    shutil.rmtree(work)
+    if first:
+        shutil.rmtree(work)
     return report
+
+
+@contextmanager
+def _output(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Where the adapter is written; in the other processes of a launcher a place that is thrown away."""
+    if distributed.is_first():
+        with writing(out, overwrite=overwrite) as directory:
+            yield directory
+    else:
+        with TemporaryDirectory() as place:
+            yield Path(place)
+
+
+def _distribute(adapted: PeftModel, options: TrainOptions) -> None:
+    """Prepare a model for the processes that train it."""
+    if options.shard:
+        distributed.shard(adapted)
+    elif distributed.processes() > 1:
+        distributed.leave_out_packed(adapted)
 
 
 def _adapted(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
@@ -146,6 +177,7 @@ def _identity(options: TrainOptions, record: BaseRecord, data: Path, precision: 
         "dtype": precision.name,
         "base": record.fingerprint,
         "data": sha256(data),
+        "processes": distributed.processes(),
     }
 
 

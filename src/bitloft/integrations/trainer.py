@@ -10,18 +10,21 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from bitloft.checkpoint import read_json, read_tensors, write_json, write_tensors
 from bitloft.errors import BitloftError, CheckpointError
+from bitloft.integrations.distributed import like, processes, wait, whole
 from bitloft.options import TrainOptions
 
 COMPLETE = "complete.json"
@@ -40,6 +43,9 @@ class SafeTrainer(Trainer):
     def __init__(self, *, losses: Loss, shifted: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._losses = losses
+        # a model that is shared out already (FSDP2) must not be wrapped; the Trainer has a word for such models
+        self.is_distributed_loading_by_transformers = isinstance(self.model, FSDPModule)
+        self.model._is_fsdp_managed_module = self.is_distributed_loading_by_transformers
         # count the targets of an optimizer step for us; ``shifted``: without each row's first label, which a causal
         # model does not predict
         self.model_accepts_loss_kwargs = True
@@ -59,6 +65,19 @@ class SafeTrainer(Trainer):
             )
         return loss * self.accelerator.num_processes  # the count is of all processes, and their gradients are averaged
 
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Keep gradients of all but an optimizer step's last batch where they are (the Trainer asks for this)."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but every process takes part: shared tensors are put together by all."""
+        self._save(output_dir)
+
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -66,8 +85,9 @@ class SafeTrainer(Trainer):
         """The trainable weights; no training_args.bin."""
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self._trainable().items()}
-        write_tensors(directory / ADAPTER, tensors)
+        tensors = {name: whole(p) for name, p in self._trainable().items()}
+        if self.args.should_save:
+            write_tensors(directory / ADAPTER, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         stored, trainable = read_tensors(Path(resume_from_checkpoint) / ADAPTER), self._trainable()
@@ -75,11 +95,15 @@ class SafeTrainer(Trainer):
             raise CheckpointError(f"{resume_from_checkpoint} holds an adapter of another shape; it cannot be resumed.")
         with torch.no_grad():
             for name, parameter in trainable.items():
-                parameter.copy_(stored[name])
+                parameter.copy_(like(stored[name], parameter))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         directory, state = Path(output_dir), self.optimizer.state_dict()
-        tensors = {f"{i}.{key}": t.cpu() for i, held in state["state"].items() for key, t in held.items()}
+        # in one order everywhere: processes put shared tensors together side by side, and files are read in any order
+        named = sorted((i, key) for i, held in state["state"].items() for key in held)
+        tensors = {f"{i}.{key}": whole(state["state"][i][key]) for i, key in named}
+        if not self.args.should_save:
+            return
         write_tensors(directory / f"{OPTIMIZER}.safetensors", tensors)
         write_json(directory / f"{OPTIMIZER}.json", state["param_groups"])
         write_json(directory / SCHEDULER, self.lr_scheduler.state_dict())
@@ -92,6 +116,9 @@ class SafeTrainer(Trainer):
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         groups = read_json(directory / f"{OPTIMIZER}.json")
+        for group, own in zip(groups, self.optimizer.param_groups, strict=True):
+            for index, parameter in zip(group["params"], own["params"], strict=True):
+                state[index] = {key: like(tensor, parameter) for key, tensor in state.get(index, {}).items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.lr_scheduler.load_state_dict(read_json(directory / SCHEDULER))
 
@@ -127,6 +154,7 @@ class SafeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        wait()  # for the random states of the others
         if self.args.should_save:
             done = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             for file in done.iterdir():
@@ -135,6 +163,7 @@ class SafeTrainer(Trainer):
             write_json(done / COMPLETE, {"step": self.state.global_step})
             for older in set(done.parent.glob("checkpoint-*")) - {done}:  # only now: the newest is whole
                 shutil.rmtree(older)
+        wait()
 
 
 def make_trainer(
@@ -154,7 +183,8 @@ def make_trainer(
 
     ``by_length`` batches examples (mappings with input_ids) of about one length: a third of the padding of short rows.
     """
-    per_epoch = math.ceil(math.ceil(len(examples) / options.batch) / options.accumulate)
+    together = options.batch * processes()
+    per_epoch = math.ceil(math.ceil(len(examples) / together) / options.accumulate)
     steps = options.steps or math.ceil(options.epochs * per_epoch)
     settings = TrainingArguments(
         output_dir=str(work),
@@ -179,6 +209,8 @@ def make_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if by_length else "random",
         disable_tqdm=True,
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
     )
     trainer = SafeTrainer(

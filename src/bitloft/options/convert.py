@@ -34,7 +34,7 @@ class MergeOptions:
         require_positive(self, "length", "limit", "batch")
 
 
-TARGETS = ("dense", "portable", "bitsandbytes")
+TARGETS = ("dense", "portable", "bitsandbytes", "gptq")
 CONTAINS = ("task", "start")
 DENSE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -43,7 +43,10 @@ DENSE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 class ConvertOptions:
     """What a base, or an adapter with it, is turned into for use without bitloft."""
 
-    to: str = option("dense", "dense (a 16-bit folder), portable (a LoRA for the original model) or bitsandbytes (nf4)")
+    to: str = option(
+        "dense",
+        "dense (a 16-bit folder), portable (a LoRA for the original model), bitsandbytes (nf4) or gptq (uniform codes)",
+    )
     dtype: str = option("auto", "float16, bfloat16 or float32 of what is not packed; auto: as the base has it")
     contains: str = option("task", "portable: what the adapter's B*A holds: task, or start (start and task in one)")
     length: int = option(512, "tokens of a sequence that the loss is measured on")

@@ -32,11 +32,14 @@ class TrainOptions:
     schedule: str = option("cosine", "learning rate after the warm-up: cosine, linear (both to zero) or constant")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
-    batch: int = option(4, "sequences in a batch")
+    batch: int = option(4, "sequences in a batch, of each process where there are several")
     accumulate: int = option(1, "batches in an optimizer step")
     length: int = option(512, "tokens of a sequence; documents are cut into such blocks, longer rows lose their end")
     seed: int = option(0, "seed of the adapter's beginning, the order of the data and dropout")
     dtype: str = option("auto", "bfloat16 (autocast), float32, or auto: bfloat16 where the processor computes in it")
+    shard: bool = option(
+        False, "several processes: each holds a part of base, adapter and optimizer (FSDP2), not a copy (DDP)"
+    )
     save_every: int = option(50, "steps between checkpoints to resume from; 0 writes none")
     log_every: int = option(5, "steps over which a logged loss is averaged")
     resume: bool = option(False, "go on from the last checkpoint of an interrupted run with the same settings")
