@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitloft.calibrate.text import Batch
 from bitloft.errors import OptionError
@@ -43,7 +42,7 @@ def output_weights(source: Source, batches: Sequence[Batch]) -> dict[str, Float[
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             handles.append(module.register_forward_hook(lambda m, args, out: out.requires_grad_(True)))
-        elif isinstance(module, nn.Linear | Conv1D):
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_hook(_noting(name, sums)))
     tokens, precision = 0, choose_precision("auto", model.device)
     try:
