@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from bitloft.calibrate.run import Known
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.integrations.body import Body
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears
 from bitloft.quantize import TIMES, QuantizeReport, quantize
 from tests.architectures import make
-from tests.helpers import WORDS, tiny_tokenizer
+from tests.helpers import WORDS, tiny_llama, tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "format": "lm2:32", "solver": "calibrated", "rank": 4, "samples": 12, "calibrate_length": 32, "rounds": 2,
@@ -137,6 +139,29 @@ def test_the_head_is_measured_on_the_finished_model(tmp_path: Path, text: Path) 
     head = next(m for m in report.matrices if m.name == "lm_head")
     assert head.calibrated is not None
     assert head.calibrated["tokens"] == 384
+
+
+def test_one_block_and_its_moments_are_in_memory(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any depth: what is real of the dense model, and what the solver knows at once."""
+    model, most, known = tiny_llama(tmp_path / "deep", layers=5), [0], [0]
+    usual, kept = Body.fill, Known.__init__
+
+    def fill(self: Body, names: Any) -> None:
+        usual(self, names)
+        blocks = {n.split(".")[2] for n, p in self.model.named_parameters() if ".layers." in n and not p.is_meta}
+        most[0] = max(most[0], len(blocks))
+
+    def know(self: Known, statistics: Any, rows: Any) -> None:
+        kept(self, statistics, rows)
+        known[0] = max(known[0], len(self))
+
+    monkeypatch.setattr(Body, "fill", fill)
+    monkeypatch.setattr(Known, "__init__", know)
+    report = made(model, tmp_path / "out", text, rounds=1)
+    assert report.calibration is not None
+    assert report.calibration.gathered == 5
+    assert (most[0], known[0]) == (1, 7)
+    assert set(report.calibration.seconds) == {"gather", "solve", "advance"}
 
 
 def test_blocks_are_not_shared_among_processes(tiny_model: Path, tmp_path: Path, text: Path) -> None:

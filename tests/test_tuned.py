@@ -8,8 +8,8 @@ from bitloft.modules.linear import QuantLinear
 from bitloft.modules.tuned import TunedLinear
 from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan
-from bitloft.solvers.grids import Grids
 from bitloft.solvers import solve
+from bitloft.solvers.grids import Grids
 
 FORMATS = ("lm2:32", "nf4:32", "uniform3:32", "uniform2:tensor", "book2:32", "lm2:32+shift", "lm4:row", "lm2:32+dq")
 
@@ -106,7 +106,9 @@ def test_positions_begin_in_the_cells_of_the_codes(fmt: str) -> None:
     assert not torch.equal(inside, tuned.place)
 
 
-@pytest.mark.parametrize("fmt", ["lm2:32", "lm3:32", "uniform2:tensor", "nf4:32", "book2:32", "lm2:32+shift", "lm2:32+dq"])
+@pytest.mark.parametrize(
+    "fmt", ["lm2:32", "lm3:32", "uniform2:tensor", "nf4:32", "book2:32", "lm2:32+shift", "lm2:32+dq"]
+)
 @pytest.mark.parametrize("scales", [False, True])
 def test_codes_get_the_gradient_of_the_dense_matrix(fmt: str, scales: bool) -> None:
     layer = layer_of(fmt)

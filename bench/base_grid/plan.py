@@ -141,8 +141,8 @@ CUT: dict[str, Any] = {"rounds": 1, "sweeps": 1}
 
 
 def effort_of(mode: str) -> Effort:
-    """``quick`` is the 2-bit column of three rows, one seed and one learning rate, with a fifteenth of the steps and bases
-    of one round and few samples."""
+    """``quick`` is the 2-bit column of three rows, one seed and one learning rate, with a fifteenth of the steps and
+    bases of one round and few samples."""
     if mode == "full":
         return Effort(ROWS + ABLATIONS, BITS, TASKS, SEEDS, STEPS, RATES, REFINE)
     few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))

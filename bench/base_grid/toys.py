@@ -17,7 +17,7 @@ def toys(place: Path) -> tuple[dict[str, Path], dict[str, Path], dict[str, dict[
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     for name, kind, config in (("decoder", LlamaForCausalLM, LlamaConfig), ("encoder", BertModel, BertConfig)):
-        tokenizer = _tokenizer(place / name)
+        tokenizer = tokenizer_of(place / name)
         kind(config(vocab_size=len(tokenizer), **shape)).save_pretrained(place / name)
     text = " ".join([WORDS] * 300)
     files = {"words": split_files(place / "data", "words", ".txt", text, " ".join([WORDS] * 8), " ".join([WORDS] * 9))}
@@ -27,7 +27,8 @@ def toys(place: Path) -> tuple[dict[str, Path], dict[str, Path], dict[str, dict[
     return models, dict.fromkeys(models, files["words"]["train"]), files, pairs
 
 
-def _tokenizer(directory: Path) -> Any:
+def tokenizer_of(directory: Path) -> Any:
+    """A tokenizer of WORDS, saved in ``directory``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,9 +1,9 @@
 """Bases and cells: each base is made once and kept below the working directory, each training run is one cell.
 
-The learning rate of a row at some bits is the one of least held-out loss after the fewest steps with the first seed. The
-loss is taken to have one minimum over the rates: they are tried from the middle one upwards while it falls, and
-downwards only where it did not fall upwards. What was trained to choose a rate is kept, and the cell that it is judges
-it on the test rows.
+The learning rate of a row at some bits is the one of least held-out loss after the fewest steps with the first seed.
+The loss is taken to have one minimum over the rates: they are tried from the middle one upwards while it falls, and
+downwards only where it did not fall upwards. What was trained to choose a rate is kept, and judged on the test rows as
+the cell that it is.
 """
 
 import hashlib

@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-
 from torch import Tensor
 
 from bitloft.calibrate.run import Known
 from bitloft.calibrate.survey import survey
-from bitloft.errors import OptionError
 from bitloft.checkpoint import read_json
+from bitloft.errors import OptionError
 from bitloft.evaluate import evaluate
 from bitloft.integrations.loading import model_class, quiet_loading
 from bitloft.integrations.packing import matrices_of
@@ -45,9 +44,10 @@ Measured = tuple[dict[str, tuple[Choice, ...]], int]  # choices by module, and h
 
 @dataclass(frozen=True)
 class Widths:
-    """What a target came to. ``allocation`` and ``uniform`` in true bits per weight and error: ``counted`` as "weights",
-    |W - Q|^2 before any start; "outputs", sum of |E x|^2 / |W x|^2 with it; or "loss", sum of fisher-weighed |E x|^2.
-    Perplexities (None unless checked) are with the start. ``kept`` is "allocated" or "uniform"."""
+    """What a target came to. ``allocation`` and ``uniform`` in true bits per weight and error: ``counted`` as
+    "weights", |W - Q|^2 before any start; "outputs", sum of |E x|^2 / |W x|^2 with it; or "loss", sum of
+    fisher-weighed |E x|^2. Perplexities (None unless checked) are with the start. ``kept`` is "allocated" or "uniform".
+    """
 
     target_bits: float
     true_bits: float

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bitloft.calibrate.text import Batch
 from bitloft.errors import OptionError
@@ -30,7 +29,8 @@ def output_weights(source: Source, batches: Sequence[Batch]) -> dict[str, Float[
     Raises OptionError for a model without a next-token loss.
     """
     model: Any = source.load().float().eval()
-    if model.get_output_embeddings() is None:
+    decoder = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) or model.config.is_encoder_decoder
+    if not decoder or model.get_output_embeddings() is None:
         raise OptionError(
             f"fisher weighs outputs by the gradients of a next-token loss, which {type(model).__name__} does not have; "
             "leave it out."
@@ -38,9 +38,11 @@ def output_weights(source: Source, batches: Sequence[Batch]) -> dict[str, Float[
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     sums: dict[str, Tensor] = {}
-    handles = [model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_(True))]
+    handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(lambda m, args, out: out.requires_grad_(True)))
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             handles.append(module.register_forward_hook(_noting(name, sums)))
     tokens, precision = 0, choose_precision("auto", model.device)
     try:

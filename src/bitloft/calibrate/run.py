@@ -42,8 +42,8 @@ OUTSIDE = ""  # the name of what is in no block
 @dataclass
 class Calibration:
     """What was gathered. ``way`` says how: block by block, or why the whole model had to be in memory. ``gathered`` and
-    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.) ``seconds`` are
-    this run's by stage: ``gradients``, ``gather``, ``solve`` (with reading and writing) and ``advance``."""
+    ``reused`` count blocks of this run. (A matrix that no token reached has 0 tokens in its own report.) ``seconds``
+    are this run's by stage: ``gradients``, ``gather``, ``solve`` (with reading and writing) and ``advance``."""
 
     text: str
     sequences: int

@@ -135,7 +135,6 @@ class Saved:
         self.directory.mkdir(parents=True, exist_ok=True)
         replace_tensors(self.file(block), moments, {"identity": self.identity, "inputs": json.dumps(inputs)})
 
-
     def gradients(self, measure: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The weights of outputs by module path: those of a file here, or measured and kept. Raises CheckpointError for
         a file that was measured on something else."""

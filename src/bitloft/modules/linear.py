@@ -28,8 +28,8 @@ class QuantLinear(Arrangement, nn.Linear):
     """A linear layer whose weight [out_features, in_features] is stored in ``format``.
 
     ``rank`` 0 means no start. ``rotated``: codes and A0 stand for x R (``solvers.rotation``), which every forward makes
-    of its input; what is on top of the layer, such as an adapter, reads x. Computes in the dtype of its input (under autocast, in autocast's dtype); only the input
-    and the bias get gradients.
+    of its input; what is on top of the layer, such as an adapter, reads x. Computes in the dtype of its input (under
+    autocast, in autocast's dtype); only the input and the bias get gradients.
     """
 
     def __init__(

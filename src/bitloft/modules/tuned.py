@@ -117,7 +117,7 @@ def _stored_a(layer: QuantLinear) -> Float[Tensor, "rank columns"]:
 
 
 def _stored_codes(packed: PackedTensor) -> Tensor:
-    rows, columns = packed.shape
+    columns = packed.shape[1]
     return unpack_bits(packed.codes, packed.format.bits, packed.format.width(columns))[:, :columns]
 
 

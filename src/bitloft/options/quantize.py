@@ -64,7 +64,9 @@ class QuantizeOptions:
     rotate: bool = option(False, "rotate the inputs of every linear layer (randomized Hadamard), at run time")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
-    refine_parts: tuple[str, ...] = option(("start",), "what refine tunes: start, scales, norms, codes; repeat for more")
+    refine_parts: tuple[str, ...] = option(
+        ("start",), "what refine tunes: start, scales, norms, codes; repeat for more"
+    )
     target: tuple[str, ...] = option((), "quantize only linears whose name matches one of these shell patterns")
     skip: tuple[str, ...] = option((), "leave linears whose name matches one of these shell patterns in 16 bit")
     embeddings: bool = option(False, "quantize token tables too; with a tied head, head must be given as well")

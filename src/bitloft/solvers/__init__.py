@@ -42,9 +42,9 @@ def solve(
 ) -> Solution:
     """Quantize one matrix [out, in] by the solver, format, rank and scaling of its ``plan``; ``options`` give the rest.
 
-    Of a plan with ``rotated`` the solution stands for rotated inputs; ``statistics`` are of those that the matrix reads.
-    ``name`` seeds the SVD and appears in errors. Raises CheckpointError on NaN or infinity, OptionError where the rank
-    exceeds min(out, in), and for ``calibrated`` where its metric needs ``statistics`` and none are given.
+    ``name`` seeds the SVD and appears in errors. Of a plan with ``rotated`` the solution stands for rotated inputs, and
+    ``statistics`` are of those that the matrix reads. Raises CheckpointError on NaN or infinity, OptionError where the
+    rank exceeds min(out, in), and for ``calibrated`` where its metric needs ``statistics`` and none are given.
     """
     require_finite(name, weight)
     check_rank(name, tuple(weight.shape), plan)

@@ -35,7 +35,7 @@ def rotated_moment(moment: Float[Tensor, "columns columns"]) -> Float[Tensor, "c
 
 
 def _mixed(x: Tensor, odd: Tensor, hadamard: Tensor) -> Tensor:
-    parts = x.unflatten(-1, (len(odd), len(hadamard))) @ hadamard
+    parts: Tensor = x.unflatten(-1, (len(odd), len(hadamard))) @ hadamard
     return (parts if len(odd) == 1 else odd.T @ parts).flatten(-2)
 
 
