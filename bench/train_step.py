@@ -91,7 +91,7 @@ def stepper(name: str, path: Path, batch: int, tokens: int) -> Callable[[], floa
     register()
     with quiet_loading():
         model: Any = (
-            load(path, dtype=torch.bfloat16)
+            load(path, dtype=torch.bfloat16, arrange=False)  # as `bitloft train` does
             if name == "lm2"
             else AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         )

@@ -1,7 +1,35 @@
 """The operators as everybody calls them: native or plain, the results are the definition's."""
 
-from bitloft.kernels import ops
+import pytest
+import torch
+
+from bitloft.kernels import cpu, cpu_dequantize, ops, plain
 
 
 def test_every_name_is_public_and_there() -> None:
     assert all(callable(getattr(ops, name)) for name in ops.__all__)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
+@pytest.mark.parametrize("shape", [(70, 96), (130, 64), (1, 8)])
+def test_many_rows_of_bfloat16_go_through_decoded_tiles(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(cpu_dequantize, "TILE", 32 * shape[1])
+    weight = plain.encode(torch.randn(shape), "lm3:8")
+    x = torch.randn(2, ops.MANY, shape[1]).bfloat16()
+    bias, addend = torch.randn(shape[0]), torch.randn(2, ops.MANY, shape[0])
+    dense = plain.decode(weight, torch.bfloat16).double()
+    for given in ({}, {"bias": bias}, {"addend": addend}, {"bias": bias, "addend": addend}):
+        exact = x.double() @ dense.T + sum(t.double() for t in given.values())
+        found = ops.packed_linear(x, weight, **given)
+        assert found.dtype == x.dtype
+        assert float((found.double() - exact).abs().max()) <= 1e-2 * float(exact.abs().max())
+    # a small addend is not lost beside a large sum: it is rounded by itself, the sum once
+    small = addend * 1e-3
+    moved = ops.packed_linear(x, weight, addend=small).double() - x.double() @ dense.T
+    if shape[0] > 1:
+        assert float((moved * small).sum() / small.double().square().sum()) == pytest.approx(1, abs=0.2)
+    grad = torch.randn(3, shape[0])
+    torch.testing.assert_close(ops.packed_linear_grad_input(grad, weight), grad @ plain.decode(weight))
+    assert ops.packed_linear_grad_input(grad[:0], weight).shape == (0, shape[1])

@@ -6,6 +6,8 @@ matrix for scales and shifts. Other dtypes than float32, bfloat16 and float16 ar
 
 import ctypes
 import math
+import threading
+from collections.abc import Iterator
 from ctypes import POINTER, byref, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
+from bitloft.kernels.plain import TILE
 from bitloft.packed import PackedTensor
 
 
@@ -37,6 +40,34 @@ def decode_rows(packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.d
     out = torch.empty(rows.numel(), packed.shape[1], dtype=dtype)
     _run(packed, rows.to(torch.int64).contiguous(), rows.numel(), out)
     return out
+
+
+def tiles(packed: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
+    """A matrix some rows at a time, of about ``plain.TILE`` values; a tile is good until the next one is asked for.
+
+    Tiles lie in memory that each thread keeps. Fresh memory costs more than decoding: the system clears every page.
+    """
+    count, columns = packed.shape
+    step = max(TILE // max(columns, 1), 1)
+    for begin in range(0, count, step):
+        end = min(begin + step, count)
+        tile = _room((end - begin) * columns, dtype).view(end - begin, columns)
+        rows = None if begin == 0 and end == count else torch.arange(begin, end)
+        _run(packed, rows, end - begin, tile)
+        yield slice(begin, end), tile
+
+
+_kept = threading.local()
+
+
+def _room(count: int, dtype: torch.dtype) -> Tensor:
+    """``count`` values of this thread's memory."""
+    held: Tensor | None = getattr(_kept, "bytes", None)
+    nbytes = count * dtype.itemsize
+    if held is None or held.numel() < nbytes:
+        with torch.inference_mode(False):
+            _kept.bytes = held = torch.empty(nbytes, dtype=torch.uint8)
+    return held[:nbytes].view(dtype)
 
 
 def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, out: Tensor | None) -> float:

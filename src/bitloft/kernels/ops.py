@@ -21,6 +21,8 @@ from bitloft.kernels.cpu import explain
 from bitloft.kernels.plain import decode_columns
 from bitloft.packed import PackedTensor
 
+MANY = 512  # rows of bfloat16 from which decoding a weight for torch's product is cheaper than multiplying its codes
+
 __all__ = [
     "decode",
     "decode_columns",
@@ -83,6 +85,8 @@ def packed_linear(
     independent of how many there are. Raises KernelError on a wrong width, and for ``invariant`` where no native kernel
     multiplies.
     """
+    if _decoding_pays(x, weight) and not invariant:
+        return _by_tiles(x, weight, bias, addend)
     if cpu_linear.takes(x, weight):
         bias, addend = (t if t is None else t.float().contiguous() for t in (bias, addend))
         return cpu_linear.packed_linear(x, cpu_linear.described(weight), bias=bias, addend=addend, invariant=invariant)
@@ -108,11 +112,39 @@ def packed_linear_grad_input(
     if not cpu_dequantize.takes(weight, grad.dtype):
         return plain.packed_linear_grad_input(grad, weight)
     plain.check_matrix(grad, weight, axis=0)
-    step = max(plain.TILE // max(weight.shape[1], 1), 1)
-    if weight.shape[0] <= step:  # one tile: nothing to add up, no zeros to write first
-        return grad @ cpu_dequantize.decode(weight, grad.dtype)
-    out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = torch.arange(start, min(start + step, weight.shape[0]))
-        out += grad[..., rows[0] : rows[-1] + 1] @ cpu_dequantize.decode_rows(weight, rows, grad.dtype)
-    return out
+    flat = grad.reshape(-1, grad.shape[-1])
+    out: Tensor | None = None
+    with torch.no_grad():
+        for rows, tile in cpu_dequantize.tiles(weight, grad.dtype):
+            out = flat[:, rows] @ tile if out is None else out.addmm_(flat[:, rows], tile)
+    if out is None:
+        out = grad.new_zeros(flat.shape[0], weight.shape[1])
+    return out.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _decoding_pays(x: Tensor, weight: PackedTensor) -> bool:
+    """Whether torch's product with decoded tiles is faster than ours: many rows of bfloat16, codes as stored."""
+    return (
+        x.dtype is torch.bfloat16
+        and not weight.arranged
+        and len(weight.shape) == 2
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() >= MANY * max(x.shape[-1], 1)
+        and x.device.type == "cpu"
+        and cpu_dequantize.takes(weight, x.dtype)
+    )
+
+
+def _by_tiles(x: Tensor, weight: PackedTensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
+    """Tiles in bfloat16 times x. What is added is rounded to bfloat16 by itself, the sum once."""
+    flat = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(flat.shape[0], weight.shape[0])
+    added = bias if addend is None else addend.reshape(out.shape) if bias is None else addend.reshape(out.shape) + bias
+    added = None if added is None else added.to(x.dtype).expand(out.shape)
+    with torch.no_grad():
+        for rows, tile in cpu_dequantize.tiles(weight, x.dtype):
+            if added is None:
+                torch.mm(flat, tile.T, out=out[:, rows])
+            else:
+                torch.addmm(added[:, rows], flat, tile.T, out=out[:, rows])
+    return out.view(*x.shape[:-1], weight.shape[0])

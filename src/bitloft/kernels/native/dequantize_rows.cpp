@@ -24,9 +24,10 @@ struct Store {
   static constexpr int dtype = DTYPE;
   uint8_t* out;
 
+  // x is rounded to the dtype already
   void put(int64_t j, Lanes x) const {
     if constexpr (DTYPE == BL_F32) store(reinterpret_cast<float*>(out) + j, x);
-    if constexpr (DTYPE == BL_BF16) store_brains(out + 2 * j, x);
+    if constexpr (DTYPE == BL_BF16) store_exact_brains(out + 2 * j, x);
     if constexpr (DTYPE == BL_F16) store_halves(out + 2 * j, x);
   }
 
@@ -127,9 +128,10 @@ void dequantize_bits(const bl_matrix& m, const float* table, int64_t row, SINK& 
     const Group group = groups.at(g);
     alignas(64) float levels[16] = {};
     if constexpr (BITS <= 4) store(levels, affine<DTYPE>(bare, group));
+    const Table<BITS <= 4 ? BITS : 1> chosen(levels);
     const auto values = [&](const uint8_t* at, const uint8_t* third) __attribute__((always_inline)) {
       if constexpr (BITS <= 4) {
-        return look_up<BITS>(at, third, 0, Table<BITS>(levels));
+        return look_up<BITS>(at, third, 0, chosen);
       } else if constexpr (BITS == 8) {
         return affine<DTYPE>(subtract(load_bytes(at), all(128.0f)), group);
       } else {

@@ -319,6 +319,41 @@ inline uint16_t brain_bits(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+#if defined(BL_HAS_avx512)
+
+// Sixteen numbers that bfloat16 has: their upper halves.
+inline void store_exact_brains(uint8_t* p, Lanes x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x.v), 16)));
+}
+
+inline void store_brains(uint8_t* p, Lanes x) {
+  const __m512i bits = _mm512_castps_si512(x.v), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 no_number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(up, no_number, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+#elif defined(BL_HAS_avx2)
+
+inline void store_upper_halves(uint8_t* p, __m256i a, __m256i b) {
+  const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+inline void store_exact_brains(uint8_t* p, Lanes x) { store_upper_halves(p, _mm256_castps_si256(x.a), _mm256_castps_si256(x.b)); }
+
+inline __m256i rounded_brains(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+  const __m256i no_number = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(up, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), no_number);
+}
+
+inline void store_brains(uint8_t* p, Lanes x) { store_upper_halves(p, rounded_brains(x.a), rounded_brains(x.b)); }
+
+#else
+
 inline void store_brains(uint8_t* p, const Lanes& x) {
   float values[16];
   store(values, x);
@@ -326,5 +361,9 @@ inline void store_brains(uint8_t* p, const Lanes& x) {
   for (int i = 0; i < 16; ++i) rounded[i] = brain_bits(values[i]);
   std::memcpy(p, rounded, sizeof rounded);
 }
+
+inline void store_exact_brains(uint8_t* p, const Lanes& x) { store_brains(p, x); }
+
+#endif
 
 }  // namespace bl::BL_ISA
