@@ -44,7 +44,7 @@ LAYERS = (
     ("serve",),
     ("terminal",),
     ("console",),
-    ("console_adapter", "console_convert"),
+    ("console_adapter", "console_convert", "console_serve"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

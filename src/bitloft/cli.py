@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
 
-from bitloft import __version__, console, console_adapter, console_convert
+from bitloft import __version__, console, console_adapter, console_convert, console_serve
 from bitloft.errors import BitloftError
 
 app = typer.Typer(
@@ -75,8 +75,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-for _name, _run in (console.COMMANDS | console_adapter.COMMANDS | console_convert.COMMANDS).items():
-    command(_name, _run)
+for _commands in (console.COMMANDS, console_serve.COMMANDS, console_adapter.COMMANDS, console_convert.COMMANDS):
+    for _name, _run in _commands.items():
+        command(_name, _run)
 
 
 def main() -> None:

@@ -11,13 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bitloft.errors import OptionError
-from bitloft.options import (
-    EvalOptions,
-    GenerateOptions,
-    QuantizeOptions,
-    ServeOptions,
-    TrainOptions,
-)
+from bitloft.options import EvalOptions, GenerateOptions, QuantizeOptions, TrainOptions
 from bitloft.report import size
 from bitloft.terminal import emit, progress, show, table
 
@@ -197,19 +191,6 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def serve(
-    base: Base,
-    options: ServeOptions,
-    adapter_dir: Annotated[
-        Path | None, typer.Option("--adapter-dir", help="directory whose subdirectories are adapters")
-    ] = None,
-) -> None:
-    """Serve a base and its adapters over an OpenAI-shaped HTTP interface."""
-    from bitloft.serve.http import serve as verb
-
-    verb(base, adapter_dir, options)
-
-
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a base, a plain adapter or a packed one")],
     other: Annotated[Path | None, typer.Option("--compare", help="another base to put beside it")] = None,
@@ -265,7 +246,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
-    "serve": serve,
     "inspect": inspect,
     "info": info,
 }

@@ -7,6 +7,7 @@ from bitloft.options.compress import METHODS, CompressOptions, RebaseOptions
 from bitloft.options.convert import CODES, CONTAINS, DENSE_DTYPES, TARGETS, ConvertOptions, MergeOptions
 from bitloft.options.fields import BASE_MISMATCH, DTYPES, option, require
 from bitloft.options.generate import ADMIN_KEY_VARIABLE, KEY_VARIABLE, LOOPBACK, GenerateOptions, ServeOptions
+from bitloft.options.load import LoadOptions
 from bitloft.options.quantize import SOLVERS, QuantizeOptions
 from bitloft.options.train import SCHEDULES, STARTS, EvalOptions, TrainOptions
 
@@ -28,6 +29,7 @@ __all__ = [
     "ConvertOptions",
     "EvalOptions",
     "GenerateOptions",
+    "LoadOptions",
     "MergeOptions",
     "QuantizeOptions",
     "RebaseOptions",

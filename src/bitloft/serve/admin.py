@@ -7,6 +7,7 @@ this machine's disk already cannot be served. Nothing on disk is changed, so a r
 """
 
 import logging
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,8 @@ class Admin:
             raise RequestError("invalid_value", "this server has no adapter directory; start it with one.", "name")
         if not NAME.fullmatch(name):
             raise RequestError("invalid_value", "name: use letters, digits, '.', '_' and '-'.", "name")
-        root = self.service.adapter_dir.resolve()
-        path = root / name
-        if path.resolve() != path or not path.is_dir():
+        path = self.service.adapter_dir.resolve() / name
+        if realpath(path) != str(path) or not path.is_dir():  # a link, even inside the directory, is not followed
             raise RequestError("model_not_found", f"the adapter directory holds no {name!r}.", "name")
         return path
 

@@ -136,7 +136,7 @@ class _State(Collector):
         yield CounterMetricFamily("bitloft_adapter_waits", "Requests that waited for room in the budget", stats.waits)
 
 
-def _labelled(name: str, about: str, label: str, values: Iterable[tuple[str, float]]) -> CounterMetricFamily:
+def _labelled(name: str, about: str, label: str, values: Iterable[tuple[str, int | float]]) -> CounterMetricFamily:
     found = CounterMetricFamily(name, about, labels=(label,))
     for key, value in values:
         found.add_metric([key], value)
