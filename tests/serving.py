@@ -144,8 +144,9 @@ def error_of(body: bytes) -> dict[str, Any]:
     return dict(error)
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 30
+def until(condition: Any, seconds: float = 30) -> None:
+    """Wait for a condition; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -41,11 +41,13 @@ def served(reply: bytes, pause: float = 0.0) -> Outcome:
     """The outcome of a stream at a server that answers with these bytes and closes."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1 << 16)
-        writer.write(reply)
-        await writer.drain()
-        await asyncio.sleep(pause)
-        writer.close()
+        try:
+            await reader.read(1 << 16)
+            writer.write(reply)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        finally:
+            writer.close()
 
     async def go() -> Outcome:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)

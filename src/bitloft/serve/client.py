@@ -9,8 +9,8 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,12 +72,9 @@ async def ask(target: Target, body: dict[str, Any], timeout: float, path: str = 
     """Send a completion and read its answer, streamed where the body says so. Never raises for what a server does."""
     found = Outcome(asked=time.perf_counter())
     try:
-        async with asyncio.timeout(timeout):
-            pieces = _exchange(target, "POST", path, json.dumps(body).encode())
-            if body.get("stream"):
-                await _streamed(found, pieces)
-            else:
-                await _whole(found, pieces)
+        pieces = _exchange(target, "POST", path, json.dumps(body).encode())
+        async with asyncio.timeout(timeout), aclosing(pieces):
+            await (_streamed if body.get("stream") else _whole)(found, pieces)
     except TimeoutError:
         found.error = "client_timeout"
     except (OSError, h11.ProtocolError, StopAsyncIteration):
@@ -90,14 +87,13 @@ async def ask(target: Target, body: dict[str, Any], timeout: float, path: str = 
 
 async def get(target: Target, path: str, timeout: float = 30.0) -> tuple[int, Any]:
     """Status and JSON of a GET. Raises OSError, TimeoutError, ValueError."""
-    async with asyncio.timeout(timeout):
-        pieces = _exchange(target, "GET", path, b"")
+    async with asyncio.timeout(timeout), aclosing(_exchange(target, "GET", path, b"")) as pieces:
         head = await anext(pieces)
         data = b"".join([bytes(piece) async for piece in pieces])
     return head.status_code, json.loads(data)
 
 
-async def _exchange(target: Target, method: str, path: str, body: bytes) -> AsyncIterator[Any]:
+async def _exchange(target: Target, method: str, path: str, body: bytes) -> AsyncGenerator[Any, None]:
     """The response's head (h11.Response), then the pieces of its body as bytes."""
     context = ssl.create_default_context() if target.tls else None
     reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context)
