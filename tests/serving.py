@@ -19,7 +19,7 @@ from bitloft.adapters import WEIGHTS_FILE
 from bitloft.compress import compress
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
-from bitloft.serve.batch import Batch, Runner
+from bitloft.serve.backend import NativeRows, Piece
 from bitloft.serve.engine import Engine
 from bitloft.serve.http import Server, background, open_service
 from bitloft.serve.service import Service
@@ -54,6 +54,28 @@ def make_adapters(directory: Path, base: Path) -> Path:
     return out
 
 
+def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
+    """Let every step of every engine take ``seconds`` longer; the list that is returned grows by the rows of each."""
+    run, rows = NativeRows.run, list[int]()
+
+    def slowly(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        time.sleep(seconds)
+        rows.append(len(pieces))
+        return run(self, pieces)
+
+    patch.setattr(NativeRows, "run", slowly)
+    return rows
+
+
+def failing(patch: pytest.MonkeyPatch, message: str) -> None:
+    """Let every step raise."""
+
+    def fail(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    patch.setattr(NativeRows, "run", fail)
+
+
 @dataclass
 class World:
     """The served directories, the service that serves them and the server's address."""
@@ -70,9 +92,9 @@ class World:
 
     def alone(self, prompt: Sequence[int], adapter: str, tokens: int) -> str:
         """The greedy answer as transformers' own ``generate`` gives it to this one prompt: the oracle."""
-        store, model = self.service.store, self.engine.runner.model
+        store, model = self.service.store, self.engine.model
         ids = torch.tensor([list(prompt)])
-        with store.bank.rows([store.acquire(adapter).key]):
+        with store.holding(adapter) as keys, store.bank.rows(keys):
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         return self.decode(out[0, len(prompt) :])
 
@@ -91,7 +113,7 @@ class World:
     def engine_with(self, **settings: Any) -> Iterator[Engine]:
         """Another engine over the same model and adapters, not started."""
         options = ServeOptions(**settings)
-        engine = Engine(self.engine.runner.model, self.service.tokenizer, self.service.store, options)
+        engine = Engine(self.engine.model, self.service.tokenizer, self.service.store, options)
         try:
             yield engine
         finally:
@@ -150,25 +172,3 @@ def until(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
-    """Let every step of every engine take ``seconds`` longer; the list that is returned grows by the rows of each."""
-    step, rows = Runner.step, list[int]()
-
-    def slowly(self: Runner, batch: Batch) -> torch.Tensor:
-        time.sleep(seconds)
-        rows.append(len(batch))
-        return step(self, batch)
-
-    patch.setattr(Runner, "step", slowly)
-    return rows
-
-
-def failing(patch: pytest.MonkeyPatch, message: str) -> None:
-    """Let every step after a prompt was read raise."""
-
-    def fail(self: Runner, batch: Batch) -> torch.Tensor:
-        raise RuntimeError(message)
-
-    patch.setattr(Runner, "step", fail)

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.options import ServeOptions
-from bitloft.serve.batch import Batch, Runner
-from bitloft.serve.engine import Engine
+from bitloft.serve.backend import NativeRows, Piece
+from bitloft.serve.engine import Engine, EngineStats
 from bitloft.serve.requests import Request, RequestError, Sampling
-from tests.serving import NAMES, World
+from tests.serving import NAMES, World, failing, slowed
 
 PROMPTS = ["the quick brown fox", "a base is frozen", "what is the capital of france ? paris", "one"]
 
@@ -39,13 +40,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 20 ms, so that a test can act between two of them."""
-    step = Runner.step
-
-    def slowly(self: Runner, batch: Batch) -> Tensor:
-        time.sleep(0.02)
-        return step(self, batch)
-
-    monkeypatch.setattr(Runner, "step", slowly)
+    slowed(monkeypatch, 0.02)
 
 
 def test_mixed_requests_answer_as_each_alone(world: World) -> None:
@@ -102,7 +97,7 @@ def test_the_end_of_sequence_ends(world: World, monkeypatch: pytest.MonkeyPatch)
 
     text, finish, tokens = run(ask())
     assert finish == "length"
-    monkeypatch.setattr(world.engine, "_eos", frozenset({tokens[4]}))
+    monkeypatch.setattr(world.engine._running, "eos", frozenset({tokens[4]}))
     shorter, finish, kept = run(ask())
     assert finish == "stop"
     assert kept == tokens[: tokens.index(tokens[4]) + 1]
@@ -185,65 +180,156 @@ def test_the_context_can_be_filled(world: World) -> None:
 def test_a_step_that_fails_ends_its_requests_and_no_others(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prompt, step = world.encode(PROMPTS[0]), Runner.step
+    prompt, before = world.encode(PROMPTS[0]), world.engine.stats().restarts
 
-    def fail(self: Runner, batch: Batch) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    async def ask(broken: bool) -> str:
-        monkeypatch.setattr(Runner, "step", fail if broken else step)
+    async def ask() -> str:
         return (await world.engine.submit(prompt, "alpha", Sampling(6)).collect())[0]
 
     with (
         caplog.at_level(logging.ERROR),
+        monkeypatch.context() as patch,
         pytest.raises(RequestError, match="the engine failed on this request") as caught,
     ):
-        run(ask(broken=True))
+        failing(patch, "out of memory")
+        run(ask())
     assert caught.value.code == "engine_error"
     assert "out of memory" in caplog.text  # in the log, not in the answer
-    assert run(ask(broken=False)) == world.alone(prompt, "alpha", 6)
+    assert run(ask()) == world.alone(prompt, "alpha", 6)
+    assert world.engine.stats().restarts == before + 1
+
+
+def test_the_engine_goes_on_after_a_fault(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R25: whatever runs gets a clean error, what waits is answered, and that within seconds."""
+    prompt, ran = world.encode(PROMPTS[0]), NativeRows.run
+    faults: list[int] = []
+
+    def fault(self: NativeRows, pieces: Sequence[Piece]) -> Tensor:
+        if not faults and len(pieces) == 2:
+            faults.append(1)
+            raise MemoryError("once")
+        return ran(self, pieces)
+
+    async def ask() -> tuple[list[Any], float]:
+        with world.engine_with(max_batch=2) as engine:
+            engine.start()
+            monkeypatch.setattr(NativeRows, "run", fault)
+            asked = [engine.submit(prompt, name, Sampling(6)) for name in NAMES]
+            answers = await asyncio.gather(*(request.collect() for request in asked), return_exceptions=True)
+            began = time.monotonic()
+            await until(lambda: engine.idle)
+            assert engine.stats().restarts == 1
+            assert engine.unready() is None
+            return answers, time.monotonic() - began
+
+    answers, seconds = run(ask())
+    assert seconds < 5
+    assert [type(answer) for answer in answers[:2]] == [RequestError, RequestError]
+    assert {answer.code for answer in answers[:2]} == {"engine_error"}
+    for name, answer in zip(NAMES[2:], answers[2:], strict=True):
+        assert answer[0] == world.alone(prompt, name, 6)
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_prefill_that_fails_leaves_the_running_rows_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt, prefill = world.encode(PROMPTS[0]), Runner.prefill
+def test_a_prompt_that_fails_leaves_the_running_rows_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, ran = world.encode(PROMPTS[0]), NativeRows.run
 
-    def fail(self: Runner, requests: list[Request]) -> tuple[Batch, Tensor]:
-        raise RuntimeError("a prompt that breaks")
+    def fail(self: NativeRows, pieces: Sequence[Piece]) -> Tensor:
+        if any(len(piece.tokens) > 1 for piece in pieces):
+            raise RuntimeError("a prompt that breaks")
+        return ran(self, pieces)
 
     async def ask() -> None:
         running = world.engine.submit(prompt, "beta", Sampling(15))
         await until(lambda: len(running.tokens) > 1)
-        monkeypatch.setattr(Runner, "prefill", fail)
-        with pytest.raises(RequestError, match="the engine failed"):
-            await world.engine.submit(prompt, "alpha", Sampling(5)).collect()
-        monkeypatch.setattr(Runner, "prefill", prefill)
+        with monkeypatch.context() as patch:
+            patch.setattr(NativeRows, "run", fail)
+            with pytest.raises(RequestError, match="the engine failed"):
+                await world.engine.submit(prompt, "alpha", Sampling(5)).collect()
         assert (await running.collect())[0] == world.alone(prompt, "beta", 15)
 
     run(ask())
 
 
-def test_a_row_whose_numbers_overflow_ends_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt, step = world.encode(PROMPTS[0]), Runner.step
+@pytest.mark.usefixtures("slow")
+def test_a_long_prompt_is_read_in_pieces_beside_those_who_answer(world: World) -> None:
+    short, long = world.encode(PROMPTS[0]), [5 + i % 200 for i in range(200)]
 
-    def poisoned(self: Runner, batch: Batch) -> Tensor:
-        logits = step(self, batch)
-        logits[[i for i, r in enumerate(batch.requests) if r.sampling.max_tokens == 7 and len(r.tokens) == 3]] = (
-            torch.nan
-        )
-        return logits
+    async def ask() -> None:
+        with world.engine_with(step_tokens=32) as engine:
+            engine.start()
+            running = engine.submit(short, "beta", Sampling(30))
+            await until(lambda: len(running.tokens) > 1)
+            before = len(running.tokens)
+            later = engine.submit(long, "alpha", Sampling(4))
+            await until(lambda: later.read > 0)
+            assert later.read < len(long)
+            await until(lambda: len(later.tokens) > 0)
+            assert len(running.tokens) - before >= len(long) // 32
+            assert (await later.collect())[0] == world.alone(long, "alpha", 4)
+            assert (await running.collect())[0] == world.alone(short, "beta", 30)
 
-    async def ask() -> list[Any]:
-        monkeypatch.setattr(Runner, "step", poisoned)
-        asked = [world.engine.submit(prompt, name, Sampling(6 + (name == "beta"))) for name in NAMES]
-        return await asyncio.gather(*(request.collect() for request in asked), return_exceptions=True)
+    run(ask())
 
-    for name, answer in zip(NAMES, run(ask()), strict=True):
-        if name == "beta":
-            assert isinstance(answer, RequestError)
-            assert answer.code == "adapter_numerical_error"
-        else:
-            assert answer[0] == world.alone(prompt, name, 6)
+
+def test_logprobs_are_the_model_s(world: World) -> None:
+    prompt = world.encode(PROMPTS[0])
+
+    async def ask() -> Request:
+        request = world.engine.submit(prompt, "gamma", Sampling(4, logprobs=3))
+        told = [one async for event in request for one in event.logprobs]
+        assert told == request.logprobs
+        return request
+
+    request = run(ask())
+    ids = torch.tensor([prompt + request.tokens])
+    with world.service.store.holding("gamma") as keys, world.service.store.bank.rows(keys), torch.no_grad():
+        log = world.engine.model(ids).logits[0].log_softmax(-1)
+    assert len(request.logprobs) == 4
+    for i, found in enumerate(request.logprobs):
+        row = log[len(prompt) - 1 + i]
+        assert found.token == request.tokens[i]
+        assert found.logprob == pytest.approx(float(row[found.token]), abs=1e-3)
+        assert [token for token, _, _ in found.top] == row.topk(3).indices.tolist()
+        assert found.top[0][1] == found.text == world.service.tokenizer.decode([found.token])
+
+
+def test_several_answers_to_one_prompt(world: World) -> None:
+    prompt = world.encode(PROMPTS[0])
+
+    async def ask(n: int, seed: int) -> list[str]:
+        made = world.engine.submit_many(prompt, "beta", Sampling(8, temperature=1.5, seed=seed), n)
+        assert len({request.id for request in made}) == n
+        return [text for text, _ in await asyncio.gather(*(request.collect() for request in made))]
+
+    three = run(ask(3, 7))
+    assert three[1:] == run(ask(2, 8))
+    assert len(set(three)) > 1
+
+
+def test_stats_count(world: World) -> None:
+    async def ask() -> tuple[EngineStats, EngineStats]:
+        with world.engine_with(max_queue=4) as engine:
+            before = engine.stats()
+            with pytest.raises(RequestError):
+                engine.submit([5], "nobody", Sampling(3))
+            engine.start()
+            await engine.submit([5, 6, 7], "alpha", Sampling(3)).collect()
+            gone = engine.submit([5], None, Sampling(3))
+            gone.cancel()
+            await gone.collect()
+            await until(lambda: engine.idle)
+            return before, engine.stats()
+
+    before, after = run(ask())
+    assert before.steps == before.answer_tokens == 0
+    assert after.refused == {"model_not_found": 1}
+    assert (after.prompt_tokens, after.finished, after.cancelled, after.failed) == (3, 1, 1, 0)
+    assert 1 <= after.answer_tokens <= 3
+    assert after.steps >= after.answer_tokens
+    assert after.cache_bytes == 0 < after.cache_budget
+    card = world.service.store.find("alpha")
+    assert card.requests >= 1 <= card.answer_tokens
+    assert card.refs == 0
 
 
 def test_waiting_too_long(world: World) -> None:
@@ -309,16 +395,31 @@ def test_stopping_ends_everything_with_an_error(world: World) -> None:
     run(ask())
 
 
-def test_readiness_tells_the_truth(world: World) -> None:
+def test_readiness_tells_the_truth(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R22: a step that does not end makes the engine unready within seconds, and ready again when it has."""
     assert world.engine.unready() is None
-    with world.engine_with() as engine:
-        assert engine.unready() == "the engine does not run"
-        engine.start()
-        assert engine.unready() is None
-        engine._beat -= 100
-        assert (
-            "in one step for" in str(engine.unready()) or engine.unready() is None
-        )  # the thread may just have looked up
+    ran, go_on = NativeRows.run, threading.Event()
+
+    def stuck(self: NativeRows, pieces: Sequence[Piece]) -> Tensor:
+        go_on.wait(30)
+        return ran(self, pieces)
+
+    async def ask() -> None:
+        with world.engine_with() as engine:
+            assert engine.unready() == "the engine does not run"
+            engine.start()
+            assert engine.unready() is None
+            monkeypatch.setattr(NativeRows, "run", stuck)
+            request = engine.submit([5, 6], "alpha", Sampling(2))
+            began = time.monotonic()
+            await until(lambda: engine.unready() is not None)
+            assert time.monotonic() - began < 5
+            assert "the engine has been in one step for" in str(engine.unready())
+            go_on.set()
+            await request.collect()
+            await until(lambda: engine.unready() is None)
+
+    run(ask())
 
 
 def test_options_that_do_not_fit_the_model(world: World) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bitloft.adapter_table import BlockSpec, ModuleSpec, code_bits, parts, payload_size, read_table, write_table
+from bitloft.adapter_table import BlockSpec, ModuleSpec, code_bits, parts, payload_size, read_table, scales_size, write_table
 from bitloft.checkpoint import MANIFEST, SCHEMA, read_json
 from bitloft.errors import AdapterError, CheckpointError
 from bitloft.packed import DTYPES, PackedTensor
@@ -80,12 +80,22 @@ class ModuleViews(Mapping[str, PackedModule]):
 
     def __init__(self, payload: Tensor, table: bytes, where: str) -> None:
         self._payload, self._table, self._where = payload, table, where
+        self.nbytes = payload.numel() + len(table)
         self._built: dict[str, PackedModule] | None = None
 
     def _modules(self) -> dict[str, PackedModule]:
         if self._built is None:
             self._built = {m.name: m for m in _views(self._payload, read_table(self._table, self._where))}
         return self._built
+
+    @property
+    def payload(self) -> UInt8[Tensor, " bytes"]:
+        """The bytes that the views look into."""
+        return self._payload
+
+    def specs(self) -> tuple[ModuleSpec, ...]:
+        """The module table, read again: what there is without making views."""
+        return read_table(self._table, self._where)
 
     def release(self) -> None:
         """Forget the views (a few hundred bytes each); the payload stays."""
@@ -252,8 +262,7 @@ def _tensors(data: bytes, directory: Path) -> tuple[Tensor, bytes]:
 
 def _refuse_values(payload: Tensor, specs: Sequence[ModuleSpec], directory: Path) -> None:
     """Half-precision numbers (all scales, which come first, and codes of ``half``) must be finite."""
-    size = sum(part.nbytes for *_, name, part in parts(specs) if name == "scales")
-    found = [("scale", payload[:size])]
+    found = [("scale", payload[: scales_size(specs)])]
     if any(16 in (block.a_format.bits, block.bt_format.bits) for spec in specs for block in spec.blocks):
         found += [("value", codes) for codes in _halves(payload, specs)]
     for what, stored in found:

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from bitloft.adapter_config import valid_name
@@ -54,13 +55,39 @@ def parts(modules: Sequence[ModuleSpec]) -> Iterator[tuple[int, int, str, str, P
                     ("a", block.a_format, module.in_features),
                     ("bt", block.bt_format, module.out_features),
                 ):
-                    for name, part in layout((block.components, width), fmt).items():
-                        if name != "exponent" and (name == "scales") == scales:
+                    for name, part in _layout(block.components, width, fmt):
+                        if (name == "scales") == scales:
                             yield m, b, side, name, part
 
 
+@cache
+def _layout(components: int, width: int, fmt: Format) -> tuple[tuple[str, Part], ...]:
+    """The stored parts of a factor (its exponent is in the table); a model has few different ones."""
+    return tuple((name, part) for name, part in layout((components, width), fmt).items() if name != "exponent")
+
+
+@cache
+def factor_bytes(components: int, width: int, fmt: Format) -> tuple[int, int]:
+    """Bytes of a factor's scales, and of its other parts."""
+    sizes = [(name == "scales", part.nbytes) for name, part in _layout(components, width, fmt)]
+    return sum(size for scales, size in sizes if scales), sum(size for scales, size in sizes if not scales)
+
+
+def factors(modules: Sequence[ModuleSpec]) -> Iterator[tuple[int, int, Format]]:
+    """(components, width, format) of every factor, A before B^T."""
+    for module in modules:
+        for block in module.blocks:
+            yield block.components, module.in_features, block.a_format
+            yield block.components, module.out_features, block.bt_format
+
+
 def payload_size(modules: Sequence[ModuleSpec]) -> int:
-    return sum(part.nbytes for *_, part in parts(modules))
+    return sum(sum(factor_bytes(*factor)) for factor in factors(modules))
+
+
+def scales_size(modules: Sequence[ModuleSpec]) -> int:
+    """Bytes of all scales, which come first in a payload."""
+    return sum(factor_bytes(*factor)[0] for factor in factors(modules))
 
 
 def code_bits(modules: Sequence[ModuleSpec]) -> int:

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment
+from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment, caches_of
 from bitloft.kernels.cpu_linear import multiplies
 from bitloft.modules.arrangement import arrange
 from bitloft.modules.linear import QuantLinear
@@ -26,6 +26,7 @@ from bitloft.modules.multi import AdapterBank
 
 TAKEN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
+HEAD = "lm_head"
 POSITIONS = 2048  # of the first table of angles; it is doubled when a row comes to its end
 
 
@@ -80,10 +81,14 @@ class Row:
     """
 
     def __init__(
-        self, keys: Float[Tensor, "layers heads length width"], values: Float[Tensor, "layers heads length width"]
+        self,
+        keys: Float[Tensor, "layers heads length width"],
+        values: Float[Tensor, "layers heads length width"],
+        most: int | None = None,
     ) -> None:
-        self.length = keys.shape[2]
-        slots = _slots(self.length + 1)
+        """``most`` is the number of tokens that it will ever hold, where that is known."""
+        self.length, self.most = keys.shape[2], most
+        slots = slots_for(self.length + 1)
         self.keys = pad(keys.transpose(2, 3), (0, slots - self.length)).contiguous()
         self.values = pad(values, (0, 0, 0, slots - self.length)).contiguous()
 
@@ -91,14 +96,18 @@ class Row:
     def capacity(self) -> int:
         return self.values.shape[2]
 
-    def make_room(self) -> None:
-        """Be able to take one more token."""
-        if self.length == self.capacity:
-            self.keys = pad(self.keys, (0, self.capacity))
-            self.values = pad(self.values, (0, 0, 0, self.capacity))
+    def make_room(self, tokens: int = 1) -> None:
+        """Be able to take so many more."""
+        needed = slots_for(self.length + tokens)
+        if needed > self.capacity:
+            doubled = max(needed, 2 * self.capacity)
+            more = (doubled if self.most is None else max(needed, min(doubled, slots_for(self.most)))) - self.capacity
+            self.keys = pad(self.keys, (0, more))
+            self.values = pad(self.values, (0, 0, 0, more))
 
 
-def _slots(tokens: int) -> int:
+def slots_for(tokens: int) -> int:
+    """Slots of the cache of a row with so many tokens."""
     return -(-tokens // SLOTS) * SLOTS
 
 
@@ -120,13 +129,17 @@ class Decoder:
         self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
         body, config = self.model.model, self.model.config
         self.context: int = config.max_position_embeddings
+        self._cache = (config.num_hidden_layers, config.num_key_value_heads, 0, _head_width(config))
         self._native = NativeDecoder(
             [_layer(f"model.layers.{i}", layer) for i, layer in enumerate(body.layers)],
             norm=body.norm.weight.data,
             heads=(config.num_attention_heads, config.num_key_value_heads, _head_width(config)),
             eps=config.rms_norm_eps,
             scale=body.layers[0].self_attn.scaling,
+            invariant=body.layers[0].self_attn.q_proj.batch_invariant,
         )
+        self.modules = (*self._native.names, HEAD)
+        self._roster = self._native.roster(0, 0)
         self._positions(min(POSITIONS, self.context))
 
     @torch.no_grad()
@@ -154,9 +167,7 @@ class Decoder:
         names = names or [None] * len(rows)
         for row in rows:
             row.make_room()
-        most = max(row.length for row in rows) + 1
-        if most > self._native.positions:
-            self._positions(min(max(most, 2 * self._native.positions), self.context))
+        self._know_positions(max(row.length for row in rows) + 1)
         hidden = self.model.model.embed_tokens(torch.tensor(tokens))
         caches = [(row.keys, row.values, row.length) for row in rows]
         self._native.step(hidden, caches, self._plan_of(names))
@@ -165,6 +176,65 @@ class Decoder:
         with self.bank.rows(names):  # an adapter may touch the head
             logits: Tensor = self.model.lm_head(hidden)
         return logits
+
+    def row(self, most: int) -> Row:
+        """A row without a token, for ``most`` of them."""
+        return Row(torch.empty(self._cache), torch.empty(self._cache), most)
+
+    def bytes_for(self, tokens: int) -> int:
+        """What the keys and values of a row with so many tokens take."""
+        layers, heads, _, width = self._cache
+        return 8 * layers * heads * width * slots_for(tokens)
+
+    @torch.no_grad()
+    def read(
+        self, pieces: Sequence[tuple[Row, Sequence[int]]], names: Sequence[str | None]
+    ) -> Float[Tensor, "pieces vocabulary"]:
+        """Append some tokens to each row, new rows and old ones in one step; returns the logits behind the last of each.
+
+        Pieces of one adapter lie side by side, those of the base (None) are the last. Raises KernelError beyond the
+        context; then no row has changed.
+        """
+        counts = [len(tokens) for _, tokens in pieces]
+        for (row, _), count in zip(pieces, counts, strict=True):
+            row.make_room(count)
+        self._know_positions(max(row.length + count for (row, _), count in zip(pieces, counts, strict=True)))
+        tables, owned = self._tables(names, counts)
+        total = sum(counts)
+        if len(tables) > self._roster.segments or total > self._roster.rows:
+            self._roster = self._native.roster(max(len(tables), 2 * self._roster.segments), max(total, 2 * self._roster.rows))
+        hidden = self.model.model.embed_tokens(torch.tensor([token for _, tokens in pieces for token in tokens]))
+        self._native.run(hidden, caches_of([(row, count) for (row, _), count in zip(pieces, counts, strict=True)]),
+                         self._roster.fill(tables, owned, total))  # fmt: skip
+        for (row, _), count in zip(pieces, counts, strict=True):
+            row.length += count
+        last = hidden[torch.tensor(counts).cumsum(0) - 1]
+        return self._head(last, names)
+
+    def _tables(self, names: Sequence[str | None], counts: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+        """The description of each adapter and the number of its tokens, in order."""
+        owned: dict[str, int] = {}
+        for name, count in zip(names, counts, strict=True):
+            if name is not None:
+                owned[name] = owned.get(name, 0) + count
+        found = [self.bank.described(name, self.modules) for name in owned]
+        uncovered = next((name for name, one in zip(owned, found, strict=True) if not one.covers), None)
+        if uncovered is not None:
+            raise KernelError(f"adapter {uncovered} touches modules that the native decoder does not run.")
+        self._in_use = found  # what the addresses point at, for as long as the step takes
+        return [one.table for one in found], list(owned.values())
+
+    def _head(self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None]) -> Float[Tensor, "rows vocabulary"]:
+        if any(int(one.table[-1, 0]) for one in self._in_use):  # an adapter touches the head
+            with self.bank.rows(names):
+                logits: Tensor = self.model.lm_head(hidden)
+        else:
+            logits = self.model.lm_head(hidden)
+        return logits
+
+    def _know_positions(self, most: int) -> None:
+        if most > self._native.positions:
+            self._positions(min(max(most, 2 * self._native.positions), self.context))
 
     def _plan_of(self, names: Sequence[str | None]) -> Plan:
         if self._plan is None or self._plan[0] != names:

@@ -7,19 +7,21 @@ states of the new tokens with one cache per row. Everything is float32. The stru
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import POINTER, addressof, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, addressof, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.cpu_lora import Blocks, Job, Rows
+from bitloft.kernels.cpu_lora import BlockList, Blocks, Job, Lora, Rows, Segments
+from bitloft.kernels.cpu_linear import INVARIANT
 from bitloft.packed import PackedTensor
 
+GROUPS = ("attention", "output", "gates", "down")  # of a layer, in the order of ``NativeLayer.groups``
 SLOTS = 64  # a cache's capacity is a multiple of this many positions (native/glue.hpp)
 
 
@@ -43,12 +45,25 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         ("count", c_int64), ("layers", POINTER(_Layer)), ("norm", c_void_p), ("width", c_int64), ("inner", c_int64),
         ("heads", c_int64), ("key_heads", c_int64), ("head_width", c_int64), ("eps", c_float), ("scale", c_float),
-        ("cos", c_void_p), ("sin", c_void_p), ("positions", c_int64),
+        ("cos", c_void_p), ("sin", c_void_p), ("positions", c_int64), ("flags", c_int32),
     )  # fmt: skip
 
 
 class _Cache(ctypes.Structure):
     _fields_ = (("keys", c_void_p), ("values", c_void_p), ("capacity", c_int64), ("length", c_int64))
+
+
+def caches_of(rows: Sequence[tuple[Any, int]]) -> "ctypes.Array[_Cache]":
+    """The caches of a step in which each row (keys, values, length) takes some tokens: one entry for each token, all
+    with the row's memory."""
+    found = (_Cache * sum(count for _, count in rows))()
+    at = 0
+    for row, count in rows:
+        keys, values, capacity = row.keys.data_ptr(), row.values.data_ptr(), row.values.shape[2]
+        for length in range(row.length, row.length + count):
+            found[at] = (keys, values, capacity, length)
+            at += 1
+    return found
 
 
 class Projection(NamedTuple):
@@ -83,11 +98,13 @@ class Segment(NamedTuple):
     blocks: Callable[[str], Blocks | None]
 
 
-class Plan:
+class Plan(NamedTuple):
     """Which rows of a batch take which adapters, as the native side reads it."""
 
-    def __init__(self, rows: Rows, layers: "ctypes.Array[_Layer]", held: object) -> None:
-        self.rows, self.layers, self.held = rows, layers, held
+    segments: Segments
+    batch: int | None  # rows; None where any number will do
+    layers: "ctypes.Array[_Layer]"
+    held: object
 
 
 @cache
@@ -117,6 +134,7 @@ class NativeDecoder:
         heads: tuple[int, int, int],
         eps: float,
         scale: float,
+        invariant: bool = False,
     ) -> None:
         self._layers, self._norm = tuple(layers), norm
         self._shared = {
@@ -131,7 +149,7 @@ class NativeDecoder:
         inner = layers[0].down[0].weight.shape[1]
         self._struct = _Decoder(
             count=len(layers), norm=norm.data_ptr(), width=norm.numel(), inner=inner, heads=query, key_heads=key,
-            head_width=width, eps=eps, scale=scale,
+            head_width=width, eps=eps, scale=scale, flags=INVARIANT * invariant,
         )  # fmt: skip
         self._scratch = torch.empty(0)
         self._base = self._described(Rows(1, ()), ())  # the start alone is one segment, whatever the size of the batch
@@ -151,7 +169,16 @@ class NativeDecoder:
         """What a step of ``batch`` rows needs to know; rows that no segment lists are the base's."""
         rows = Rows(batch, [segment.rows for segment in segments])
         layers, held = self._described(rows, segments) if segments else self._base
-        return Plan(rows, layers, held)
+        return Plan(rows.struct, batch, layers, (rows, held))
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of all linears, in the order in which a roster's tables list them."""
+        return [p.name for layer in self._layers for group in layer.groups() for p in group]
+
+    def roster(self, segments: int, rows: int) -> "Roster":
+        """A plan that is filled anew at every step, for so many segments and rows at most."""
+        return Roster(self, segments, rows)
 
     def step(
         self,
@@ -164,18 +191,21 @@ class NativeDecoder:
         A cache is keys [layers, heads, width, slots], values [layers, heads, slots, width] and the tokens in it; the
         new one is written behind them. Raises KernelError where sizes disagree or a cache is full.
         """
-        floats_of, decode = _functions()
-        if hidden.dtype != torch.float32 or not hidden.is_contiguous() or len(caches) != plan.rows.batch:
-            raise KernelError(f"a step takes {plan.rows.batch} contiguous float32 rows and their caches.")
+        if hidden.dtype != torch.float32 or not hidden.is_contiguous() or plan.batch not in (None, len(caches)):
+            raise KernelError(f"a step takes {plan.batch} contiguous float32 rows and their caches.")
         described = [_Cache(k.data_ptr(), v.data_ptr(), v.shape[2], length) for k, v, length in caches]
-        array = (_Cache * len(caches))(*described)
+        self.run(hidden, (_Cache * len(caches))(*described), plan)
+
+    def run(self, hidden: Float[Tensor, "rows width"], array: "ctypes.Array[_Cache]", plan: Plan) -> None:
+        """The same with caches that are described."""
+        floats_of, decode = _functions()
         self._struct.layers = plan.layers
-        floats = floats_of(byref(self._struct), array, len(caches))
+        floats = floats_of(byref(self._struct), array, len(array))
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(floats)
         cpu.done(
             decode(
-                byref(self._struct), hidden.data_ptr(), array, len(caches), addressof(plan.rows.struct),
+                byref(self._struct), hidden.data_ptr(), array, len(array), addressof(plan.segments),
                 self._scratch.data_ptr(), self._scratch.numel(), torch.get_num_threads(),
             )
         )  # fmt: skip
@@ -186,8 +216,7 @@ class NativeDecoder:
         structs = (_Layer * len(self._layers))()
         for struct, layer, matrices in zip(structs, self._layers, self._matrices, strict=True):
             struct.input_norm, struct.inner_norm = layer.input_norm.data_ptr(), layer.inner_norm.data_ptr()
-            names = ("attention", "output", "gates", "down")
-            for name, group, (weights, biases) in zip(names, layer.groups(), matrices, strict=True):
+            for name, group, (weights, biases) in zip(GROUPS, layer.groups(), matrices, strict=True):
                 deltas = list(self._deltas(group, rows, segments))
                 array = (type(deltas[0].struct) * len(deltas))(*(job.struct for job in deltas)) if deltas else None
                 held.append((deltas, array))
@@ -208,3 +237,57 @@ class NativeDecoder:
 def _matrices(group: Sequence[Projection]) -> "tuple[ctypes.Array[cpu.Matrix], ctypes.Array[c_void_p]]":
     weights = (cpu.Matrix * len(group))(*(cpu.matrix(p.weight) for p in group))
     return weights, (c_void_p * len(group))(*(None if p.bias is None else p.bias.data_ptr() for p in group))
+
+
+class Roster:
+    """Which rows take which adapter, changed between steps without describing anything again.
+
+    The structs of all layers point into one table [linears, segments, 2] of (count, blocks); a segment that gets another
+    adapter is one column of it. The last segment has no adapter.
+    """
+
+    def __init__(self, decoder: NativeDecoder, segments: int, rows: int) -> None:
+        self.segments, self.rows = segments, rows
+        count = len(decoder.names)
+        self._own = torch.zeros(count, segments + 1, 2, dtype=torch.int64)
+        self._begin, self._rows = torch.zeros(segments + 2, dtype=torch.int64), torch.arange(rows, dtype=torch.int32)
+        self._columns: list[Tensor | None] = [None] * segments
+        layers = (_Layer * len(decoder._layers))()
+        held: list[object] = []
+        address, size = self._own.data_ptr(), (segments + 1) * ctypes.sizeof(BlockList)
+        for struct, layer, matrices in zip(layers, decoder._layers, decoder._matrices, strict=True):
+            struct.input_norm, struct.inner_norm = layer.input_norm.data_ptr(), layer.inner_norm.data_ptr()
+            for name, group, (weights, biases) in zip(GROUPS, layer.groups(), matrices, strict=True):
+                array = (Lora * len(group))()
+                for lora, p in zip(array, group, strict=True):
+                    shared = decoder._shared.get(p.name)
+                    lora.columns = lora.out_stride = p.weight.shape[0]
+                    lora.shared = shared.struct if shared is not None else BlockList(0, None)
+                    lora.own = ctypes.cast(c_void_p(address), POINTER(BlockList))
+                    address += size
+                held.append(array)
+                setattr(struct, name, _Products(len(group), weights, biases, addressof(array)))
+        begin = ctypes.cast(c_void_p(self._begin.data_ptr()), POINTER(c_int64))
+        numbers = ctypes.cast(c_void_p(self._rows.data_ptr()), POINTER(c_int32))
+        self._plan = Plan(Segments(0, 1, begin, numbers), None, layers, (held, self._own, self._begin, self._rows))
+
+    def fill(self, tables: Sequence[Int[Tensor, "modules 2"]], counts: Sequence[int], rows: int) -> Plan:
+        """The plan of a step whose first rows belong to the adapters of these tables, ``counts[i]`` to table i, in this
+        order; those behind them, up to ``rows``, are the base's. A table begins with the decoder's linears and is
+        not changed. Good until the next call."""
+        if len(tables) > self.segments or rows > self.rows or sum(counts) > rows:
+            raise KernelError(f"a roster for {self.segments} adapters and {self.rows} rows got {len(tables)} and {rows}.")
+        for i, table in enumerate(tables):
+            if self._columns[i] is not table:
+                self._own[:, i] = table[: len(self._own)]
+                self._columns[i] = table
+        used = len(tables)
+        if used < self.segments:  # the base's segment follows those in use
+            self._own[:, used] = 0
+            self._columns[used] = None
+        ends = [0]
+        for count in (*counts, rows - sum(counts)):
+            ends.append(ends[-1] + count)
+        self._begin[: len(ends)] = torch.tensor(ends)
+        self._plan.segments.count = used + 1
+        return self._plan

@@ -18,7 +18,7 @@ from bitloft.kernels import cpu
 from bitloft.packed import PackedTensor
 
 
-class _Factor(ctypes.Structure):
+class Factor(ctypes.Structure):
     _fields_ = (
         ("rows", c_int64), ("columns", c_int64), ("packed", POINTER(cpu.Matrix)), ("plain", c_void_p),
         ("plain_bytes", c_int64), ("dtype", c_int32),
@@ -26,21 +26,21 @@ class _Factor(ctypes.Structure):
 
 
 class _Block(ctypes.Structure):
-    _fields_ = (("a", _Factor), ("bt", _Factor), ("scaling", c_float))
+    _fields_ = (("a", Factor), ("bt", Factor), ("scaling", c_float))
 
 
-class _Blocks(ctypes.Structure):
+class BlockList(ctypes.Structure):
     _fields_ = (("count", c_int64), ("block", POINTER(_Block)))
 
 
-class _Lora(ctypes.Structure):
+class Lora(ctypes.Structure):
     _fields_ = (
-        ("columns", c_int64), ("shared", _Blocks), ("own", POINTER(_Blocks)),
+        ("columns", c_int64), ("shared", BlockList), ("own", POINTER(BlockList)),
         ("out", c_void_p), ("out_stride", c_int64), ("out_dtype", c_int32), ("accumulate", c_int32),
     )  # fmt: skip
 
 
-class _Segments(ctypes.Structure):
+class Segments(ctypes.Structure):
     _fields_ = (("count", c_int64), ("repeat", c_int64), ("begin", POINTER(c_int64)), ("rows", POINTER(c_int32)))
 
 
@@ -51,7 +51,7 @@ def _function() -> "ctypes._NamedFuncPointer":
         raise KernelError("multi_lora has no native library here; use multi_lora_plain.")
     found = native.bl_multi_lora
     found.argtypes = (
-        c_void_p, c_int32, c_int64, c_int64, c_int64, POINTER(_Segments), POINTER(_Lora), c_int64, c_int,
+        c_void_p, c_int32, c_int64, c_int64, c_int64, POINTER(Segments), POINTER(Lora), c_int64, c_int,
     )  # fmt: skip
     return found
 
@@ -83,18 +83,18 @@ class Blocks:
     def __init__(self, blocks: Sequence[tuple[PackedTensor | Tensor, PackedTensor | Tensor]], scaling: float = 1.0):
         self._held = [[_contiguous(factor) for factor in block] for block in blocks]  # the addresses stay true
         array = (_Block * len(self._held))(*(_Block(_factor(a), _factor(bt), scaling) for a, bt in self._held))
-        self.struct = _Blocks(len(self._held), array)
+        self.struct = BlockList(len(self._held), array)
 
 
 def _contiguous(factor: PackedTensor | Tensor) -> PackedTensor | Tensor:
     return factor if isinstance(factor, PackedTensor) else factor.contiguous()
 
 
-def _factor(factor: PackedTensor | Tensor) -> _Factor:
+def _factor(factor: PackedTensor | Tensor) -> Factor:
     rows, columns = factor.shape
     if isinstance(factor, PackedTensor):
-        return _Factor(rows, columns, pointer(cpu.matrix(factor)), None, 0, 0)
-    return _Factor(rows, columns, None, factor.data_ptr(), factor.nbytes, cpu.DTYPES[factor.dtype])
+        return Factor(rows, columns, pointer(cpu.matrix(factor)), None, 0, 0)
+    return Factor(rows, columns, None, factor.data_ptr(), factor.nbytes, cpu.DTYPES[factor.dtype])
 
 
 class Rows:
@@ -108,10 +108,10 @@ class Rows:
         for rows in every:
             begin.append(begin[-1] + len(rows))
         self.batch, self.count = batch, len(every)
-        self.struct = _Segments(self.count, 1, (c_int64 * len(begin))(*begin), (c_int32 * len(flat))(*flat))
+        self.struct = Segments(self.count, 1, (c_int64 * len(begin))(*begin), (c_int32 * len(flat))(*flat))
 
 
-_NOTHING = _Blocks(0, None)
+_NOTHING = BlockList(0, None)
 
 
 class Job:
@@ -120,8 +120,8 @@ class Job:
     def __init__(self, features: int, rows: Rows, own: Sequence[Blocks | None], shared: Blocks | None = None) -> None:
         self._held = (*own, shared)
         structs = [blocks.struct if blocks is not None else _NOTHING for blocks in own]
-        array = (_Blocks * rows.count)(*structs, *[_NOTHING] * (rows.count - len(structs)))
-        self.struct = _Lora(features, shared.struct if shared is not None else _NOTHING, array, None, features, 0, 0)
+        array = (BlockList * rows.count)(*structs, *[_NOTHING] * (rows.count - len(structs)))
+        self.struct = Lora(features, shared.struct if shared is not None else _NOTHING, array, None, features, 0, 0)
 
     def to(self, out: Tensor, *, add: bool) -> "Job":
         """Write to ``out`` [batch, *length, features], contiguous; ``add`` to what it holds, in float32."""
@@ -137,7 +137,7 @@ def run(x: Tensor, rows: Rows, jobs: Sequence[Job]) -> None:
     count = x.numel() // columns if columns else 0
     segments = rows.struct
     segments.repeat = max(count // max(rows.batch, 1), 1)
-    array = jobs[0].struct if len(jobs) == 1 else (_Lora * len(jobs))(*(job.struct for job in jobs))
+    array = jobs[0].struct if len(jobs) == 1 else (Lora * len(jobs))(*(job.struct for job in jobs))
     cpu.done(
         _function()(
             x.data_ptr(), cpu.DTYPES[x.dtype], count, columns, columns, byref(segments),

@@ -15,6 +15,7 @@ their linears; it also keeps two threads that use one model apart.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,7 @@ from bitloft.adapters import Adapter, PackedAdapter
 from bitloft.errors import AdapterError
 from bitloft.kernels import cpu_lora
 from bitloft.kernels.lora import Segment, multi_lora
+from bitloft.modules.described import Described
 from bitloft.modules.held import Held, Views
 from bitloft.modules.linear import QuantLinear
 
@@ -73,7 +75,10 @@ _ACTIVE: ContextVar[Mapping[int, _Plan]] = ContextVar("bitloft_rows", default=Ma
 
 
 class AdapterBank:
-    """The adapters attached to one model. Without ``rows`` the model is its base, whatever is attached."""
+    """The adapters attached to one model. Without ``rows`` the model is its base, whatever is attached.
+
+    One thread may attach and detach while another computes, as long as what is detached is in no row of it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -81,9 +86,13 @@ class AdapterBank:
         self._recent: dict[str, None] = {}  # names whose views exist, the latest used last
         self._hooks: dict[str, _Hook] = {}  # by module path, present while an adapter touches the module
         self._last: _Plan | None = None  # the steps of a batch ask for the same rows again and again
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # its addresses are of no use to a copy
+        return {**self.__dict__, "_last": None, "_lock": None}  # addresses and locks are of no use to a copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,26 +115,35 @@ class AdapterBank:
         widths = held.widths()
         if not widths:
             raise AdapterError(f"adapter {name!r} adapts no module; there is nothing to attach.")
+        sound = held.sound()
         for module, pair in widths.items():
-            self._check(name, module, pair, held)
-        for module in held.blocks():
-            if module not in self._hooks:
-                self._hooks[module] = _Hook(self, module, cast(nn.Linear, self.model.get_submodule(module)))
-            self._hooks[module].users += 1
+            self._check(name, module, pair, None if sound else held)
+        touched = held.shapes()
         held.release()
-        self._held[name] = held
+        with self._lock:
+            for module in touched:
+                if module not in self._hooks:
+                    self._hooks[module] = _Hook(self, module, cast(nn.Linear, self.model.get_submodule(module)))
+                self._hooks[module].users += 1
+            self._held[name] = held
 
     def detach(self, name: str) -> None:
         """Forget adapter ``name``; a module that no adapter touches any more loses its hook."""
-        held = self._held.pop(self._known(name))
-        self._recent.pop(name, None)
-        for module in held.blocks():
-            hook = self._hooks[module]
-            hook.users -= 1
-            if not hook.users:
-                hook.remove()
-                del self._hooks[module]
-        self._last = None
+        with self._lock:
+            held = self._held.pop(self._known(name))
+            self._recent.pop(name, None)
+            for module in held.shapes():
+                hook = self._hooks[module]
+                hook.users -= 1
+                if not hook.users:
+                    hook.remove()
+                    del self._hooks[module]
+            self._last = None
+
+    def described(self, name: str, modules: Sequence[str]) -> Described:
+        """Adapter ``name`` as native code reads it, for a model's ``modules`` (the same list at every call)."""
+        with self._lock:
+            return self._use(name).described(modules)
 
     @contextmanager
     def rows(self, names: Sequence[str | None], expand: int = 1) -> Iterator[None]:
@@ -153,7 +171,8 @@ class AdapterBank:
         last, asked = self._last, (tuple(names), expand)
         if last is not None and (last.names, last.expand) == asked:
             return last
-        views = {name: self._in_use(name) for name in names if name is not None and name != BASE}
+        with self._lock:
+            views = {name: self._use(name).views() for name in names if name is not None and name != BASE}
         batches = {}
         for repeat in {1, expand}:
             owners = [name for name in names for _ in range(repeat)]
@@ -162,9 +181,9 @@ class AdapterBank:
         self._last = _Plan(*asked, batches)
         return self._last
 
-    def _in_use(self, name: str) -> Views:
-        """The blocks of an adapter; those longest out of use are reduced to their bytes."""
-        found = self._held[self._known(name)].views()
+    def _use(self, name: str) -> Held:
+        """An adapter that is about to be used; those longest out of use are reduced to their bytes."""
+        found = self._held[self._known(name)]
         self._recent.pop(name, None)
         self._recent[name] = None
         for other in list(self._recent)[:-IN_USE]:  # a plan that still runs keeps its own reference
@@ -178,8 +197,9 @@ class AdapterBank:
             raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(shown) or 'none'}.")
         return name
 
-    def _check(self, name: str, module: str, widths: tuple[int, int], held: Held) -> None:
-        """Raise AdapterError unless the module is there, linear, as wide, and its blocks fit and are finite."""
+    def _check(self, name: str, module: str, widths: tuple[int, int], held: Held | None) -> None:
+        """Raise AdapterError unless the module is there, linear, as wide, and its blocks (where ``held`` is given) fit and
+        are finite."""
         try:
             linear = self.model.get_submodule(module)
         except AttributeError:
@@ -195,6 +215,8 @@ class AdapterBank:
                 f"adapter {name!r} has {widths[0]} -> {widths[1]} features at module {module!r}, the model has "
                 f"{linear.in_features} -> {linear.out_features}; it belongs to another base."
             )
+        if held is None:
+            return
         for a, bt in held.blocks().get(module, ()):
             shapes = tuple(a.shape), tuple(bt.shape)
             if shapes != ((a.shape[0], widths[0]), (a.shape[0], widths[1])):

@@ -1,6 +1,7 @@
 """How prompts are answered: by a command or by a server."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -27,6 +28,22 @@ class GenerateOptions:
         require(self.top_p <= 1, f"top_p is {self.top_p}; use a share above 0 and up to 1.")
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)B?", re.IGNORECASE)
+
+
+def bytes_of(size: str | None) -> int | None:
+    """The bytes that a text such as "512M", "2GB" or "100000" means, in units of 1024; None stays None.
+
+    Raises OptionError for anything else, and for nothing at all.
+    """
+    if size is None:
+        return None
+    match = _SIZE.fullmatch(size.strip())
+    found = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    require(found > 0, f"{size!r} is not a size; write bytes or a number with K, M, G or T, such as 512M.")
+    return found
+
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "BITLOFT_API_KEY"
 ADMIN_KEY_VARIABLE = "BITLOFT_ADMIN_KEY"
@@ -48,8 +65,19 @@ class ServeOptions:
         default=None, repr=False, metadata={"help": f"key of the admin routes (default: {ADMIN_KEY_VARIABLE}, if set)"}
     )
     page: bool = option(True, "a page at / that shows load and adapters and compares two of them")
-    max_batch: int = option(8, "requests that are computed at the same time")
-    max_queue: int = option(64, "requests that may wait; more are refused with status 429")
+    max_batch: int = option(32, "requests that are computed at the same time")
+    max_queue: int = option(256, "requests that may wait; more are refused with status 429")
+    step_tokens: int = option(128, "tokens of one step at most: longer prompts are read in pieces, beside who answers")
+    adapter_budget: str | None = option(
+        None, "bytes of adapters in memory, such as 512M or 2G; the others are read when they are asked for (default: all)"
+    )
+    adapter_share: float = option(0.25, "share of the queue that one adapter may hold once half of it is taken")
+    max_wait: float = option(10.0, "seconds after which a waiting request goes first, whatever its adapter was served")
+    pack_plain: float | None = option(None, "true bits to pack plain adapters to while they are loaded (default: not)")
+    batch_invariant: bool = option(False, "answers do not depend, to the last bit, on what is computed beside them")
+    cache_budget: str | None = option(
+        None, "bytes for keys and values, such as 4G (default: half of the memory that is free at the start)"
+    )
     context: int | None = option(None, "tokens of prompt and answer together (default: the model's own limit)")
     max_tokens: int = option(1024, "tokens of an answer that a request may ask for")
     queue_seconds: float = option(30.0, "a request that waited longer is refused with status 503")
@@ -60,6 +88,10 @@ class ServeOptions:
     def __post_init__(self) -> None:
         require_mismatch(self.base_mismatch)
         require_positive(self, "max_batch", "max_queue", "context", "max_tokens", "queue_seconds", "request_seconds")
+        require_positive(self, "step_tokens", "adapter_share", "max_wait", "pack_plain")
+        require(self.adapter_share <= 1, f"adapter_share is {self.adapter_share}; use a share above 0 and up to 1.")
+        bytes_of(self.adapter_budget)
+        bytes_of(self.cache_budget)
         require(0 <= self.port < 1 << 16, f"port is {self.port}; use 0 to 65535.")
         require(
             isfinite(self.drain_seconds) and self.drain_seconds >= 0,

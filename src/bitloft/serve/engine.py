@@ -1,57 +1,109 @@
-"""The engine: one thread that decodes many requests together, whatever their adapters. It knows no HTTP.
+"""The engine: one thread that computes many requests together, whatever their adapters. It knows no HTTP.
 
-Between two steps cancelled and expired rows leave, waiting requests join (first come, first served) and finished ones
-end. A step that raises ends the requests in it with an error and the thread goes on with an empty batch. One thread,
-not a pool: a forward uses all cores, and a second one beside it would only halve both.
+Between two steps cancelled and expired requests leave and waiting ones take their rows, in the scheduler's order. A
+step that raises ends the requests in it with an error; the thread begins anew with an empty batch. One thread, not a
+pool: a forward uses all cores, and a second one beside it would only halve both.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.options import ServeOptions
-from bitloft.serve.batch import Batch, Runner
-from bitloft.serve.requests import Event, Request, RequestError, Sampling
-from bitloft.serve.sampling import choose, sound
+from bitloft.options.generate import bytes_of
+from bitloft.serve.backend import Backend, backend_for
+from bitloft.serve.memory import free_memory
+from bitloft.serve.requests import Request, RequestError, Sampling
+from bitloft.serve.running import Running
+from bitloft.serve.scheduler import Scheduler
+from bitloft.serve.selftest import self_test
 from bitloft.serve.store import AdapterStore
 from bitloft.serve.text import TextStream
 
 IDLE_SECONDS = 0.5  # the thread looks up that often while nothing waits
-STALL_SECONDS = 60.0  # a step that takes longer means trouble; the longest is the prefill of a full context
+STALL_SECONDS = 4.0  # a step that takes longer, and much longer than those before, means trouble
+STALL_FACTOR = 10.0  # times what a step has taken lately: a large model's are long
+LATELY = 0.1  # the newest step's share in that
+SHARE_OF_FREE = 0.5  # of free memory, for keys and values where no budget is given
 
 log = logging.getLogger("bitloft.serve")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Numbers since the start, and now; seconds and bytes."""
+
+    running: int
+    waiting: int
+    batch_adapters: int
+    steps: int
+    step_seconds: float
+    last_step_age: float
+    prompt_tokens: int
+    answer_tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    refused: dict[str, int]
+    restarts: int
+    quarantined: int
+    cache_bytes: int
+    cache_budget: int
+    max_batch: int
+    max_queue: int
 
 
 class Engine:
     """Requests in, events out. ``submit`` on an event loop; everything else from any thread."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, store: AdapterStore, options: ServeOptions) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        store: AdapterStore,
+        options: ServeOptions,
+        backend: Backend | None = None,
+    ) -> None:
         """Raises CheckpointError for a model that does not continue text, OptionError for a context beyond its own."""
         if model.config.is_encoder_decoder or not model.can_generate():
             raise CheckpointError(f"a {type(model).__name__} does not continue text; only causal models are served.")
-        self.tokenizer, self.store, self.options = tokenizer, store, options
+        self.model, self.tokenizer, self.store, self.options = model, tokenizer, store, options
         self.context = _context(model, options.context)
-        self.runner = Runner(model, store.bank)
+        self.backend = backend or backend_for(model, store.bank, batch_invariant=options.batch_invariant)
+        self.cache_budget = bytes_of(options.cache_budget) or int(SHARE_OF_FREE * free_memory())
         self.draining = False
         self._vocabulary = model.get_input_embeddings().num_embeddings
-        self._eos = _eos(model, tokenizer)
-        self._waiting: deque[Request] = deque()
-        self._joining: list[Request] = []  # out of the queue, not yet in the batch
-        self._batch = self.runner.empty()
-        self._wake = threading.Condition()  # guards _waiting, _joining and _stopping
+        self._scheduler = Scheduler(most=options.max_queue, share=options.adapter_share, max_wait=options.max_wait)
+        self._running = Running(
+            self.backend, tokenizer, _eos(model, tokenizer), options.step_tokens, self._quarantine,
+            wrote=self._scheduler.wrote, ended=self._ended,
+        )  # fmt: skip
+        self._wake = threading.Condition()  # guards the scheduler and _stopping
         self._stopping = False
         self._beat = time.monotonic()
+        self._usual = self._step_seconds = 0.0
+        self._restarts = 0
+        self._refused: Counter[str] = Counter()
+        self._quarantined: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="bitloft-engine", daemon=True)
+        store.on_change(self._notify)
+
+    # ---- from outside ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Check on a few tokens that rows of different adapters do not touch each other, then take requests.
+
+        Raises CheckpointError where they do.
+        """
+        self_test(self.backend, self.store)
+        self._beat = time.monotonic()
         self._thread.start()
 
     def stop(self, wait: bool = True) -> None:
@@ -70,16 +122,16 @@ class Engine:
     def idle(self) -> bool:
         """True when nothing runs or waits."""
         with self._wake:
-            return not (self._waiting or self._joining or len(self._batch))
+            return not (len(self._scheduler) or self._running.requests)
 
     @property
     def running(self) -> int:
-        """Rows in the batch."""
-        return len(self._batch)
+        """Requests that have a row."""
+        return len(self._running.requests)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._scheduler)
 
     def unready(self) -> str | None:
         """Why new requests would not be answered, or None."""
@@ -88,17 +140,57 @@ class Engine:
         if not self._thread.is_alive():
             return "the engine does not run"
         stalled = time.monotonic() - self._beat
-        return f"the engine has been in one step for {stalled:.0f} s" if stalled > STALL_SECONDS else None
+        limit = max(STALL_SECONDS, STALL_FACTOR * self._usual)
+        return f"the engine has been in one step for {stalled:.0f} s" if stalled > limit else None
+
+    def stats(self) -> EngineStats:
+        totals = self._running.totals
+        return EngineStats(
+            self.running, self.waiting, totals.adapters, totals.steps, self._step_seconds,
+            time.monotonic() - self._beat, totals.prompt_tokens, totals.answer_tokens, totals.finished, totals.failed,
+            totals.cancelled, dict(self._refused), self._restarts, len(self._quarantined), self._running.cache_bytes,
+            self.cache_budget, self.options.max_batch, self.options.max_queue,
+        )  # fmt: skip
 
     def submit(self, prompt: list[int], adapter: str | None, sampling: Sampling) -> Request:
         """Queue a prompt of token ids for an adapter by name (None is the base); iterate the result for its events.
 
         Raises RequestError, before anything is computed: model_not_found, context_length_exceeded, invalid_value (no
-        token, or one outside the vocabulary), queue_full, shutting_down.
+        token, or one outside the vocabulary), queue_full, adapter_capacity, adapter_invalid, adapter_numerical_error,
+        shutting_down.
         """
+        return self.submit_many(prompt, adapter, sampling, 1)[0]
+
+    def submit_many(self, prompt: list[int], adapter: str | None, sampling: Sampling, n: int) -> list[Request]:
+        """``n`` answers to one prompt, all queued or none; a seed counts up by one for each."""
+        try:
+            return self._submit(prompt, adapter, sampling, n)
+        except RequestError as error:
+            self._refused[error.code] += 1
+            raise
+
+    def _submit(self, prompt: list[int], adapter: str | None, sampling: Sampling, n: int) -> list[Request]:
         if self.draining:
             raise RequestError("shutting_down", "the server is shutting down.")
-        handle = self.store.acquire(adapter)
+        self.store.find(adapter)
+        self._check(prompt, sampling)
+        made: list[Request] = []
+        with self._wake:
+            if self._stopping:
+                raise RequestError("shutting_down", "the server is shutting down.")
+            self._scheduler.check(self.store.find(adapter).key, n)
+            for i in range(n):
+                seed = None if sampling.seed is None else sampling.seed + i
+                chosen = sampling if i == 0 else Sampling(**{**sampling.__dict__, "seed": seed})
+                text = TextStream(self.tokenizer, sampling.stop)
+                handle = self.store.acquire(adapter)
+                made.append(Request(prompt, handle, chosen, text, asyncio.get_running_loop()))
+            for request in made:
+                self._scheduler.add(request)
+            self._wake.notify()
+        return made
+
+    def _check(self, prompt: list[int], sampling: Sampling) -> None:
         if not prompt or not all(0 <= token < self._vocabulary for token in prompt):
             found = "no token" if not prompt else f"a token outside the vocabulary of {self._vocabulary}"
             raise RequestError("invalid_value", f"the prompt holds {found}.", "prompt")
@@ -110,119 +202,105 @@ class Engine:
                 f"of the answer make {total}. Shorten the prompt or ask for fewer.",
                 "max_tokens" if len(prompt) < self.context else "prompt",
             )
-        text = TextStream(self.tokenizer, sampling.stop)
-        request = Request(prompt, handle.key, sampling, text, asyncio.get_running_loop())
-        with self._wake:
-            if self._stopping:
-                raise RequestError("shutting_down", "the server is shutting down.")
-            if len(self._waiting) >= self.options.max_queue:
-                raise RequestError(
-                    "queue_full", f"{len(self._waiting)} requests are waiting already; try again shortly."
-                )
-            self._waiting.append(request)
-            self._wake.notify()
-        return request
+        if self.backend.bytes_for(total) > self.cache_budget:
+            raise RequestError(
+                "context_length_exceeded", f"{total} tokens are more than this server has memory for.", "max_tokens"
+            )
+
+    # ---- the engine's thread -----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while self._wait():
+            began = self._beat
             try:
                 self._turn()
             except Exception:
                 log.exception("a step failed; its requests end with an error")
-                self._fail(self._batch.requests, "engine_error", "the engine failed on this request.")
-                self._batch = self.runner.empty()
+                self._restarts += 1
+                self._restart()
+            self._usual += LATELY * (time.monotonic() - began - self._usual)
         with self._wake:
-            left = [*self._batch.requests, *self._waiting]
-            self._batch = self.runner.empty()
-            self._waiting.clear()
-        self._fail(left, "shutting_down", "the server is shutting down.")
+            left = list(self._scheduler)
+            self._running.fail(left, "shutting_down", "the server is shutting down.")
+            self._scheduler.drop(lambda request: not request.ended)
+        self._running.restart("shutting_down", "the server is shutting down.")
+
+    def _restart(self) -> None:
+        with self._wake:
+            self._running.restart("engine_error", "the engine failed on this request.")
 
     def _wait(self) -> bool:
         """Wait for work; False when it is time to stop."""
         with self._wake:
-            while not (self._stopping or self._waiting or len(self._batch)):
+            while not (self._stopping or self._running.requests or self._takes()):
                 self._beat = time.monotonic()
                 self._wake.wait(IDLE_SECONDS)
+                self._drop()
             self._beat = time.monotonic()
             return not self._stopping
 
+    def _takes(self) -> bool:
+        return any(request.cancelled or request.handle.ready() for request in self._scheduler)
+
     def _turn(self) -> None:
-        """One step of the batch, with those who leave before it and those who join."""
-        self._drop_expired(self._batch.requests, self.options.request_seconds, "request_timeout", "took")
-        self._keep_running()
-        self._take()
-        if self._joining:
-            self._prefill(self._joining)
-            self._joining = []
-        if len(self._batch):
-            self._advance(self._batch, self.runner.step(self._batch))
-            self._keep_running()
+        """One step, with those who leave before it and those who join."""
+        with self._wake:
+            late = self._expired(self._running.requests, self.options.request_seconds)
+            self._running.fail(late, "request_timeout", f"the request took longer than {self.options.request_seconds:g} s.")
+            self._running.sweep()
+            self._drop()
+            self._take()
+        if self._running.requests:
+            began = time.monotonic()
+            self._running.step()
+            self._step_seconds += time.monotonic() - began
 
     def _take(self) -> None:
-        """Take from the queue, first come, first served, as many as the batch has room for."""
+        """Give rows to those who wait, while there are rows and memory."""
+        room = self.cache_budget - self._running.cache_bytes
+        while len(self._running.requests) < self.options.max_batch:
+            request = self._scheduler.take(lambda r: self.backend.bytes_for(r.total) <= room)
+            if request is None:
+                return
+            request.started = time.monotonic()
+            room -= self.backend.bytes_for(request.total)
+            self._running.admit(request)
+
+    def _drop(self) -> None:
+        """End those in the queue that waited too long, were cancelled, or whose adapter does not come."""
+        waiting, seconds = list(self._scheduler), self.options.queue_seconds
+        self._running.cancel(waiting)
+        for request in waiting:
+            failure = getattr(request.handle, "failure", None)
+            if failure is not None:
+                self._running.fail([request], failure.code, str(failure))
+        for request in self._expired(waiting, seconds):
+            said = f"the request waited longer than {seconds:g} s."
+            if request.handle.ready():
+                self._running.fail([request], "queue_timeout", said, self._scheduler.retry_after())
+            else:
+                said = f"{said[:-1]} for room for its adapter."
+                self._running.fail([request], "adapter_capacity", said, self._scheduler.retry_after())
+        self._scheduler.drop(lambda request: not request.ended)
+
+    def _expired(self, requests: list[Request], seconds: float) -> list[Request]:
+        return [r for r in requests if not r.ended and time.monotonic() - r.accepted > seconds]
+
+    def _ended(self, request: Request) -> None:
+        self._scheduler.ended(request)
+        count = getattr(request.handle, "count", None)
+        if count is not None:
+            count(request.read, len(request.tokens))
+
+    def _quarantine(self, key: str) -> None:
+        if key not in self._quarantined:
+            log.error("the numbers of adapter version %s overflowed; it is not served any more", key[:12])
+            self._quarantined.add(key)
+        self.store.quarantine(key)
+
+    def _notify(self) -> None:
         with self._wake:
-            self._drop_expired([*self._waiting], self.options.queue_seconds, "queue_timeout", "waited")
-            queue = _wanted([*self._waiting])
-            room = max(self.options.max_batch - len(self._batch), 0)
-            self._joining, self._waiting = queue[:room], deque(queue[room:])
-
-    def _prefill(self, joining: list[Request]) -> None:
-        """Read the prompts of ``joining``; an error ends these and leaves the running rows alone."""
-        try:
-            fresh, logits = self.runner.prefill(joining)
-            self._advance(fresh, logits)
-            staying = [i for i, request in enumerate(joining) if not request.ended]
-            self._batch = self._batch.join(fresh.keep(staying))
-        except Exception:
-            log.exception("a prefill failed; its requests end with an error")
-            self._fail(joining, "engine_error", "the engine failed on this request.")
-
-    def _advance(self, batch: Batch, logits: Float[Tensor, "rows vocabulary"]) -> None:
-        """Give every row its next token; a row with NaN in its logits ends alone."""
-        rows = [i for i, fine in enumerate(sound(logits).tolist()) if fine]
-        unsound = [request for i, request in enumerate(batch.requests) if i not in rows]
-        self._fail(unsound, "adapter_numerical_error", "the model's numbers overflowed on this request.")
-        requests = [batch.requests[i] for i in rows]
-        for request, token in zip(requests, choose(logits[rows], requests), strict=True):
-            self._accept(request, token)
-
-    def _accept(self, request: Request, token: int) -> None:
-        request.tokens.append(token)
-        if token in self._eos:
-            request.tell(Event(request.text.finish(), "stop"))
-            return
-        text, stopped = request.text.add(token)
-        if stopped:
-            request.tell(Event(text, "stop"))
-        elif len(request.tokens) >= request.sampling.max_tokens:
-            request.tell(Event(text + request.text.finish(), "length"))
-        elif text:
-            request.tell(Event(text))
-
-    def _keep_running(self) -> None:
-        """Free the rows of requests that ended or that nobody waits for."""
-        wanted = _wanted(self._batch.requests)
-        if not wanted:
-            self._batch = self.runner.empty()
-        elif len(wanted) < len(self._batch):
-            self._batch = self._batch.keep([i for i, r in enumerate(self._batch.requests) if not r.ended])
-
-    def _drop_expired(self, requests: list[Request], seconds: float, code: str, verb: str) -> None:
-        late = [r for r in requests if not r.ended and time.monotonic() - r.accepted > seconds]
-        self._fail(late, code, f"the request {verb} longer than {seconds:g} s.")
-
-    def _fail(self, requests: list[Request], code: str, message: str) -> None:
-        for request in requests:
-            if not request.ended:
-                request.tell(Event(error=RequestError(code, message)))
-
-
-def _wanted(requests: list[Request]) -> list[Request]:
-    """The requests that go on; a cancelled one gets its last event here."""
-    for request in requests:
-        if request.cancelled and not request.ended:
-            request.tell(Event(finish="cancelled"))
-    return [request for request in requests if not request.ended]
+            self._wake.notify()
 
 
 def _context(model: PreTrainedModel, asked: int | None) -> int:

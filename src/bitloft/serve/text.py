@@ -31,14 +31,15 @@ class TextStream:
         return text if stopped else text + held
 
     def _decode(self, final: bool) -> str:
-        before = self._text(self._ids[self._prefix : self._read])
-        after = self._text(self._ids[self._prefix :])
+        before = self.decode(self._ids[self._prefix : self._read])
+        after = self.decode(self._ids[self._prefix :])
         if after.endswith(UNFINISHED) and not final:
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return after[len(before) :]
 
-    def _text(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """The text of some tokens by themselves; an unfinished character is U+FFFD."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _release(self, new: str) -> tuple[str, bool]:

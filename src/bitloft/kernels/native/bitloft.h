@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define BL_API __attribute__((visibility("default")))
-#define BL_INTERFACE 1 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
+#define BL_INTERFACE 2 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
 
 /* dtypes of activations and of decoded values */
 enum { BL_F32 = 0, BL_BF16 = 1, BL_F16 = 2 };
@@ -205,10 +205,12 @@ typedef struct bl_decoder {
   float eps, scale;                                   /* of the norms; of a query times a key */
   const float *cos, *sin;                             /* [positions, head_width] */
   int64_t positions;
+  int32_t flags; /* of the products: BL_INVARIANT */
 } bl_decoder;
 
 /* What one row has seen: keys [layers, key_heads, head_width, capacity] and values [layers, key_heads, capacity,
- * head_width], `length` tokens of them. The capacity is a multiple of 64. */
+ * head_width], `length` tokens of them. The capacity is a multiple of 64. Rows may be one text's tokens in order, each with
+ * the same memory and a `length` one greater than the one before: each then sees those before it. */
 typedef struct bl_cache {
   float *keys, *values;
   int64_t capacity, length;

@@ -101,7 +101,7 @@ class Step {
       norm(m_.added, layer.inner_norm, m_.normed);
       float* const gates[] = {m_.gates, m_.ups};
       if (products(layer.gates, m_.normed, gates)) return -1;
-      kernels_.gate(m_.gates, m_.ups, rows_ * d_.inner);
+      each_row(d_.inner, [&](int64_t r) { kernels_.gate(m_.gates + r * d_.inner, m_.ups + r * d_.inner, d_.inner); });
       if (products(layer.down, m_.gates, &m_.added)) return -1;
       added = m_.added;
     }
@@ -111,9 +111,16 @@ class Step {
 
  private:
   void norm(const float* added, const float* weight, float* out) {
-    for (int64_t r = 0; r < rows_; ++r)
+    each_row(d_.width, [&](int64_t r) {
       kernels_.add_and_norm(hidden_ + r * d_.width, added == nullptr ? nullptr : added + r * d_.width, weight,
                             out + r * d_.width, d_.width, d_.eps);
+    });
+  }
+
+  template <class F>
+  void each_row(int64_t width, F&& part) {
+    Stage stage;
+    run(rows_ * width < WORTH_THREADS / 16 ? 1 : threads_, [&] { stage.share(rows_, part); });
   }
 
   int products(const bl_products& p, const float* x, float* const* outs) {
@@ -129,7 +136,7 @@ class Step {
       deltas[i].out_dtype = BL_F32, deltas[i].accumulate = 1;
     }
     const bl_input input = {.values = x, .rows = rows_, .columns = columns, .stride = columns, .dtype = BL_F32};
-    if (bl_packed_linear(&input, products, p.count, 0, threads_)) return -1;
+    if (bl_packed_linear(&input, products, p.count, d_.flags, threads_)) return -1;
     if (p.deltas == nullptr) return 0;
     return bl_multi_lora(x, BL_F32, rows_, columns, columns, segments_, deltas, p.count, threads_);
   }
@@ -138,17 +145,21 @@ class Step {
     int64_t tokens = 0;
     for (int64_t r = 0; r < rows_; ++r) tokens += caches_[r].length + 1;
     const bool alone = tokens * d_.heads * d_.head_width * 2 < WORTH_THREADS;
-    Stage stage;
+    const auto work = [&](Stage& stage, auto&& part) {
+      stage.share(rows_ * d_.key_heads, [&](int64_t i) { part(attention(layer, i / d_.key_heads, i % d_.key_heads)); });
+    };
+    Stage keep, attend;  // rows of one text read what rows before them have kept
     run(alone ? 1 : threads_, [&] {
-      stage.share(rows_ * d_.key_heads, [&](int64_t i) { attend_head(layer, i / d_.key_heads, i % d_.key_heads); });
+      work(keep, kernels_.keep);
+      work(attend, kernels_.attend);
     });
   }
 
-  void attend_head(int64_t layer, int64_t row, int64_t head) const {
+  Attention attention(int64_t layer, int64_t row, int64_t head) const {
     const bl_cache& cache = caches_[row];
     const int64_t w = d_.head_width, group = d_.heads / d_.key_heads, at = row * d_.key_heads + head;
     const int64_t plane = (layer * d_.key_heads + head) * w * cache.capacity;
-    kernels_.attend({
+    return {
         .group = group,
         .width = w,
         .position = cache.length,
@@ -162,7 +173,7 @@ class Step {
         .keys = cache.keys + plane,
         .values = cache.values + plane,
         .scores = m_.scores + at * capacity_,
-    });
+    };
   }
 
   const bl_decoder& d_;

@@ -80,12 +80,16 @@ void mix(const Attention& a, float* out, int64_t count, float total) {
 
 }  // namespace
 
-void attend(const Attention& a) {
+// Writes the row's key and value to the cache.
+void keep(const Attention& a) {
   turn(a.key, a.cos, a.sin, a.width);
   for (int64_t i = 0; i < a.width; ++i) {
     a.keys[i * a.capacity + a.position] = a.key[i];
     a.values[a.position * a.width + i] = a.value[i];
   }
+}
+
+void attend(const Attention& a) {
   const int64_t count = a.position + 1, slots = (count + SLOTS - 1) / SLOTS * SLOTS;
   for (int64_t h = 0; h < a.group; ++h) {
     float* query = a.queries + h * a.width;

@@ -40,6 +40,7 @@ struct Kernels {
   void (*encode_scale_block)(const ScaleBlock&);
   void (*dequantize_row)(const DequantizeRow&);
   void (*residual_row)(const ResidualRow&);
+  void (*keep)(const Attention&);
   void (*attend)(const Attention&);
   void (*add_and_norm)(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
   void (*gate)(float* gate, const float* up, int64_t width);

@@ -28,6 +28,7 @@ void encode_halves(const Halves& job);
 void encode_scale_block(const ScaleBlock& job);
 void dequantize_row(const DequantizeRow& job);
 void residual_row(const ResidualRow& job);
+void keep(const Attention& job);
 void attend(const Attention& job);
 void add_and_norm(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
 void gate(float* gate, const float* up, int64_t width);
@@ -52,6 +53,7 @@ const Kernels BL_TABLE(BL_ISA) = {
     .encode_scale_block = BL_ISA::encode_scale_block,
     .dequantize_row = BL_ISA::dequantize_row,
     .residual_row = BL_ISA::residual_row,
+    .keep = BL_ISA::keep,
     .attend = BL_ISA::attend,
     .add_and_norm = BL_ISA::add_and_norm,
     .gate = BL_ISA::gate,
