@@ -137,6 +137,7 @@ def serving(directory: Path) -> Iterator[World]:
     service = open_service(base, adapters, ServeOptions(port=0, max_queue=1000), said.append)
     with background(service, said.append) as server:
         yield World(base, adapters, service, server.url, said)
+    service.store.close()
 
 
 def connect(url: str, key: str = "none") -> openai.OpenAI:

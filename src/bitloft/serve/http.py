@@ -141,7 +141,11 @@ def serve(
     Raises BitloftError children for a base, directory or option that cannot be used, for an address that is taken, and
     where a second signal cut the end short.
     """
-    _run(Server(open_service(base, adapter_dir, options or ServeOptions(), tell), tell))
+    service = open_service(base, adapter_dir, options or ServeOptions(), tell)
+    try:
+        _run(Server(service, tell))
+    finally:
+        service.store.close()
 
 
 @contextmanager

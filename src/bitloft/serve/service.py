@@ -54,9 +54,9 @@ class Service:
         return await self._in(self._admin, work, *args)
 
     def close(self) -> None:
+        """End the threads. The store is whose it was made by: others may serve from it too."""
         for pool in (self._tokenizing, self._admin):
             pool.shutdown(wait=False, cancel_futures=True)
-        self.store.close()
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
