@@ -221,9 +221,9 @@ class Engine:
             self._usual += LATELY * (time.monotonic() - began - self._usual)
         with self._wake:
             left = list(self._scheduler)
-            self._running.fail(left, "shutting_down", "the server is shutting down.")
-            self._scheduler.drop(lambda request: not request.ended)
+            self._scheduler.drop(lambda request: False)
         self._running.restart("shutting_down", "the server is shutting down.")
+        self._running.fail(left, "shutting_down", "the server is shutting down.")
 
     def _restart(self) -> None:
         with self._wake:
@@ -246,7 +246,9 @@ class Engine:
         """One step, with those who leave before it and those who join."""
         with self._wake:
             late = self._expired(self._running.requests, self.options.request_seconds)
-            self._running.fail(late, "request_timeout", f"the request took longer than {self.options.request_seconds:g} s.")
+            self._running.fail(
+                late, "request_timeout", f"the request took longer than {self.options.request_seconds:g} s."
+            )
             self._running.sweep()
             self._drop()
             self._take()
