@@ -75,7 +75,7 @@ class Engine:
         if model.config.is_encoder_decoder or not model.can_generate():
             raise CheckpointError(f"a {type(model).__name__} does not continue text; only causal models are served.")
         self.model, self.tokenizer, self.store, self.options = model, tokenizer, store, options
-        self.context = _context(model, options.context)
+        self.context = context_of(model, options.context)
         self.backend = backend or backend_for(model, store.bank, batch_invariant=options.batch_invariant)
         self.cache_budget = bytes_of(options.cache_budget) or int(SHARE_OF_FREE * free_memory())
         self.draining = False
@@ -305,7 +305,7 @@ class Engine:
             self._wake.notify()
 
 
-def _context(model: PreTrainedModel, asked: int | None) -> int:
+def context_of(model: PreTrainedModel, asked: int | None) -> int:
     """Tokens of prompt and answer together."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = asked or own
