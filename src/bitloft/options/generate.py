@@ -69,7 +69,8 @@ class ServeOptions:
     max_queue: int = option(256, "requests that may wait; more are refused with status 429")
     step_tokens: int = option(128, "tokens of one step at most: longer prompts are read in pieces, beside who answers")
     adapter_budget: str | None = option(
-        None, "bytes of adapters in memory, such as 512M or 2G; the others are read when they are asked for (default: all)"
+        None,
+        "bytes of adapters in memory, such as 512M or 2G; the others are read when they are asked for (default: all)",
     )
     adapter_share: float = option(0.25, "share of the queue that one adapter may hold once half of it is taken")
     max_wait: float = option(10.0, "seconds after which a waiting request goes first, whatever its adapter was served")
