@@ -67,10 +67,14 @@ def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
     return rows
 
 
-def failing(patch: pytest.MonkeyPatch, message: str) -> None:
-    """Let every step raise."""
+def failing(patch: pytest.MonkeyPatch, message: str, after: int = 0) -> None:
+    """Let every step raise, but the first ``after`` ones."""
+    run, done = NativeRows.run, list[int]()
 
     def fail(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        done.append(len(pieces))
+        if len(done) <= after:
+            return run(self, pieces)
         raise RuntimeError(message)
 
     patch.setattr(NativeRows, "run", fail)

@@ -124,7 +124,6 @@ def test_a_template_that_refuses_is_the_clients_error(world: World, monkeypatch:
     assert "roles must alternate" in error_of(data)["message"]
 
 
-
 def test_several_answers_to_one_prompt(client: openai.OpenAI) -> None:
     options: Any = {"model": "alpha", "prompt": "one two", "max_tokens": 6, "temperature": 1.2}
     whole = client.completions.create(n=3, seed=5, **options)
@@ -230,7 +229,9 @@ REFUSED: list[tuple[dict[str, Any], type[openai.APIStatusError], str, str | None
 @pytest.mark.parametrize("stream", [False, True])
 def test_refusals(client: openai.OpenAI, fields: Any, kind: Any, code: str, param: str, stream: bool) -> None:
     with pytest.raises(kind) as caught:
-        client.chat.completions.create(**({"model": "base", "messages": CHAT, "max_tokens": 4, "stream": stream} | fields))
+        client.chat.completions.create(
+            **({"model": "base", "messages": CHAT, "max_tokens": 4, "stream": stream} | fields)
+        )
     assert (caught.value.code, caught.value.param) == (code, param)
 
 
@@ -286,7 +287,7 @@ def test_a_client_that_leaves_frees_its_row(world: World, monkeypatch: pytest.Mo
 
 
 def test_an_engine_error_in_a_stream_is_a_frame(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "secret detail")
+    failing(monkeypatch, "secret detail", after=2)
     body = {"model": "alpha", "prompt": "the quick brown fox", "max_tokens": 9, "stream": True, "temperature": 0}
     status, _, data = raw(world.url, "POST", "/v1/completions", body)
     frames = data.decode().split("\n\n")

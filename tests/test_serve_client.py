@@ -110,7 +110,9 @@ def test_addresses(url: str, target: Target) -> None:
     assert "secret" not in repr(Target.parse(url, "secret"))
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x", "http://", "http://x:99999", "http://x?y=1", "http://me@x", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "ftp://x", "http://", "http://x:99999", "http://x?y=1", "http://me@x", "http://[::1"]
+)
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(OptionError, match="is no server's address"):
         Target.parse(url)

@@ -65,6 +65,10 @@ def test_status(world: World) -> None:
         assert list(rows)[0] == "base"
         assert set(NAMES) < set(rows)
         assert rows["beta"]["requests"] >= 1
+        body["model"] = "base"
+        assert raw(server.url, "POST", "/v1/completions", body)[0] == 200
+        (found,) = json.loads(raw(server.url, "GET", "/status?search=base")[2])["rows"]
+        assert (found["state"], found["requests"], found["completion_tokens"], found["running"]) == ("base", 1, 5, 0)
         assert rows["beta"]["bytes"] == world.service.store.find("beta").nbytes
         assert rows["poison"] == {
             "name": "poison", "state": "refused", "bytes": None, "running": 0, "requests": 0, "completion_tokens": 0,

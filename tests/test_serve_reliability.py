@@ -222,7 +222,17 @@ def test_300_clients_that_leave_leave_nothing_behind(world: World, monkeypatch: 
 @contextmanager
 def process(world: World, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """``bitloft serve`` and its address."""
-    command = ["-m", "bitloft.cli", "serve", str(world.base), "--adapter-dir", str(world.adapters), "--port", "0", *flags]
+    command = [
+        "-m",
+        "bitloft.cli",
+        "serve",
+        str(world.base),
+        "--adapter-dir",
+        str(world.adapters),
+        "--port",
+        "0",
+        *flags,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
     try:
@@ -399,7 +409,9 @@ def test_huge_and_odd_requests(world: World) -> None:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         big = send(world.url, head + b"content-length: 104857600\r\n\r\n", b"x" * (1 << 16), count=1600)
         assert big.startswith(b"HTTP/1.1 413")
-        chunked = send(world.url, head + b"transfer-encoding: chunked\r\n\r\n", b"10000\r\n" + b"x" * 65536 + b"\r\n", count=100)
+        chunked = send(
+            world.url, head + b"transfer-encoding: chunked\r\n\r\n", b"10000\r\n" + b"x" * 65536 + b"\r\n", count=100
+        )
         assert chunked.startswith(b"HTTP/1.1 413")
         long = send(world.url, b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nx: ", b"y" * (1 << 16), count=16)
         assert long.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))

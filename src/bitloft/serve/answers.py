@@ -112,7 +112,9 @@ class Answers:
         job = Job([], body.n, self.service.metrics)
         try:
             for prompt, sampling in zip(prompts, samplings, strict=True):
-                job.works += engine.submit_many(prompt, name, sampling, body.n)
+                for work in engine.submit_many(prompt, name, sampling, body.n):
+                    self.service.metrics.began(work)
+                    job.works.append(work)
         except RequestError:
             job.close()
             raise

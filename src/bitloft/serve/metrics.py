@@ -38,6 +38,8 @@ class Metrics:
         self._named = Counter("adapter_requests", f"Requests by model, {NAMED} of them by name", ("model",), **mine)
         self._names: set[str] = set()
         self.admitted = 0  # requests for any model so far
+        self._base = store.base_name
+        self.base_requests = self.base_running = self.base_tokens = 0  # the store counts the adapters' only
         Gauge("build_info", "Version of bitloft", ("version",), **mine).labels(__version__).set(1)
         self.registry.register(_State(engine, store))
 
@@ -48,12 +50,20 @@ class Metrics:
     def asked(self, name: str) -> None:
         """A request for this model was admitted."""
         self.admitted += 1
+        self.base_requests += name == self._base
         if len(self._names) < NAMED:
             self._names.add(name)
         self._named.labels(name if name in self._names else "other").inc()
 
+    def began(self, work: Request) -> None:
+        """A request was queued; ``ended`` is to follow."""
+        self.base_running += work.adapter is None
+
     def ended(self, work: Request) -> None:
         """Take over the times of a request that is over; one whose client left counts by its stage only."""
+        if work.adapter is None:
+            self.base_running -= 1
+            self.base_tokens += len(work.tokens)
         if work.started is not None:
             self._wait.observe(work.started - work.accepted)
         if work.first is not None:

@@ -7,6 +7,7 @@ from /status, which does. Its policy names its own script and style by their has
 import re
 import time
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from heapq import nlargest, nsmallest
 from importlib.resources import files
@@ -102,8 +103,14 @@ class Panel:
         }
 
     def _rows(self, search: str, sort: str, limit: int) -> dict[str, Any]:
-        store, wanted = self.service.store, search.casefold()
-        cards = [card for card in (store.find(None), *store.cards()) if wanted in card.name.casefold()]
+        store, metrics, wanted = self.service.store, self.service.metrics, search.casefold()
+        base = replace(
+            store.find(None),
+            refs=metrics.base_running,
+            requests=metrics.base_requests,
+            answer_tokens=metrics.base_tokens,
+        )
+        cards = [card for card in (base, *store.cards()) if wanted in card.name.casefold()]
         choose, key = ORDERS[sort]
         rows = [row(card) for card in choose(limit, cards, key=key)]
         refused = sorted(name for name in store.refused if wanted in name.casefold())
