@@ -1,12 +1,16 @@
 """A small base with adapters that never answer alike, served from a thread of the test process."""
 
+import http.client
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import openai
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,12 +19,13 @@ from bitloft.adapters import WEIGHTS_FILE
 from bitloft.compress import compress
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
-from bitloft.serve.api import Service
 from bitloft.serve.backend import NativeRows, Piece
 from bitloft.serve.engine import Engine
 from bitloft.serve.http import Server, background, open_service
+from bitloft.serve.service import Service
 from tests.helpers import make_adapter, tiny_llama, write_record
 
+CHAT: list[Any] = [{"role": "user", "content": "what is the capital of france ?"}]
 PACKED, PLAIN = ("alpha", "beta", "gamma"), "delta"
 NAMES = ("base", *PACKED, PLAIN)  # what the server lists
 
@@ -62,10 +67,14 @@ def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
     return rows
 
 
-def failing(patch: pytest.MonkeyPatch, message: str) -> None:
-    """Let every step raise."""
+def failing(patch: pytest.MonkeyPatch, message: str, after: int = 0) -> None:
+    """Let every step raise, but the first ``after`` ones."""
+    run, done = NativeRows.run, list[int]()
 
     def fail(self: NativeRows, pieces: Sequence[Piece]) -> torch.Tensor:
+        done.append(len(pieces))
+        if len(done) <= after:
+            return run(self, pieces)
         raise RuntimeError(message)
 
     patch.setattr(NativeRows, "run", fail)
@@ -99,6 +108,11 @@ class World:
     def encode(self, text: str) -> list[int]:
         return list(self.service.tokenizer(text)["input_ids"])
 
+    def chat_ids(self) -> list[int]:
+        """Token ids of CHAT."""
+        ids: Any = self.service.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+
     @contextmanager
     def engine_with(self, **settings: Any) -> Iterator[Engine]:
         """Another engine over the same model and adapters, not started."""
@@ -127,3 +141,39 @@ def serving(directory: Path) -> Iterator[World]:
     service = open_service(base, adapters, ServeOptions(port=0, max_queue=1000), said.append)
     with background(service, said.append) as server:
         yield World(base, adapters, service, server.url, said)
+    service.store.close()
+
+
+def connect(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+
+
+def raw(url: str, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """A request by hand: status, headers, body. A dict is sent as JSON."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=30)
+    data = json.dumps(body) if isinstance(body, dict) else body
+    try:
+        given = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        connection.request(method, path, data, given)
+        response = connection.getresponse()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+    finally:
+        connection.close()
+
+
+def error_of(body: bytes) -> dict[str, Any]:
+    """The error in a body, which has the OpenAI shape and nothing of this machine."""
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "pytest" not in error["message"]  # part of every path of a test
+    assert "Traceback" not in error["message"]
+    return dict(error)
+
+
+def until(condition: Any, seconds: float = 30) -> None:
+    """Wait for a condition; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

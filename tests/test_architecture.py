@@ -50,7 +50,7 @@ LAYERS = (
     ("serve",),
     ("terminal",),
     ("console",),
-    ("console_adapter", "console_convert", "console_plan", "console_tasks"),
+    ("console_adapter", "console_convert", "console_plan", "console_serve", "console_tasks"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -4,8 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bitloft.serve.bodies import HARMLESS, NEUTRAL, ChatBody, CompletionBody, parse
+from bitloft.serve.bodies import HARMLESS, NEUTRAL, AdapterBody, ChatBody, CompletionBody, EmbeddingBody, parse
 from bitloft.serve.requests import RequestError
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -45,8 +47,15 @@ def test_text_parts_are_joined() -> None:
 
 BAD = [
     ({"logit_bias": {"1": 5}}, "logit_bias", "'logit_bias' is not supported; leave it out"),
-    ({"n": 2}, "n", "'n' is not supported"),
-    ({"top_k": 5}, "top_k", "'top_k' is not supported"),
+    ({"n": 5}, "n", "less than or equal to 4"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 10**6}, "n", "less than or equal to 4"),
+    ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+    ({"top_k": 1.5}, "top_k", "integer"),
+    ({"logprobs": 3}, "logprobs", "boolean"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs to be true"),
+    ({"min_p": 0.1}, "min_p", "'min_p' is not supported"),
     ({"tools": [{"type": "function"}]}, "tools", "'tools' is not supported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
     ({"prompt": "x"}, "prompt", "not supported"),
@@ -102,3 +111,60 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, words: str)
 def test_refusals_of_whole_bodies(data: bytes, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         parse(ChatBody, data)
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("a", ["a"]),
+        ([1, 2], [[1, 2]]),
+        (["a", "b"], ["a", "b"]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_one_prompt_or_several(given: Any, prompts: Any) -> None:
+    assert parse(CompletionBody, json.dumps({"model": "m", "prompt": given}).encode()).prompts == prompts
+    assert parse(EmbeddingBody, json.dumps({"model": "m", "input": given}).encode()).inputs == prompts
+
+
+@pytest.mark.parametrize("given", [[["a"]], [1, "a"], [[1], "a"], [[]], ["a"] * 17, {"a": 1}, None, [1.5]])
+def test_prompts_that_are_none(given: Any) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        parse(CompletionBody, json.dumps({"model": "m", "prompt": given}).encode())
+
+
+def test_what_logprobs_ask_for() -> None:
+    assert chat().likeliest is None
+    assert chat(logprobs=True).likeliest == 0
+    assert chat(logprobs=True, top_logprobs=4).likeliest == 4
+    assert chat(logprobs=False, top_logprobs=0).likeliest is None
+    assert parse(CompletionBody, b'{"model": "m", "prompt": "a", "logprobs": 2}').likeliest == 2
+    assert parse(CompletionBody, b'{"model": "m", "prompt": "a"}').likeliest is None
+
+
+def test_adapter_bodies() -> None:
+    assert not parse(AdapterBody, b'{"name": "a"}').replace
+    for wrong in (b'{"name": "a", "path": "/x"}', b'{"name": 5}', b"{}"):
+        with pytest.raises(RequestError):
+            parse(AdapterBody, wrong)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*ChatBody.model_fields, *NEUTRAL, "x"]), JSON, max_size=6), JSON)
+@settings(max_examples=200, deadline=None)
+def test_any_json_is_a_body_or_a_refusal(fields: dict[str, Any], content: Any) -> None:
+    data = json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]} | fields).encode()
+    try:
+        body = parse(ChatBody, data)
+    except RequestError as error:
+        assert error.code in ("invalid_value", "unsupported_parameter")
+        assert len(str(error)) < 600
+    else:
+        assert 1 <= body.n <= 4
+        assert 0 <= body.temperature <= 2

@@ -15,12 +15,12 @@ import pytest
 from bitloft.errors import BitloftError, CheckpointError, OptionError
 from bitloft.options import ServeOptions
 from bitloft.serve.http import Server, background, open_service, serve
-from tests.serving import World, slowed
-from tests.test_serve_api import connect, until
+from tests.serving import World, connect, slowed, until
 
 
 def test_what_a_server_says_at_its_start(world: World) -> None:
-    assert world.said[-1] == f"serving base and 4 adapters at {world.url} (Ctrl-C stops)"
+    assert world.said[-2] == f"serving base and 4 adapters at {world.url} (Ctrl-C stops)"
+    assert world.said[-1] == f"page at {world.url.removesuffix('v1')}"
     assert world.url.startswith("http://127.0.0.1:")
 
 
@@ -45,7 +45,7 @@ def test_a_port_that_is_taken(world: World) -> None:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(BitloftError, match=f"cannot listen on 127.0.0.1:{port}; use another port"):
+        with pytest.raises(BitloftError, match=f"cannot listen on 127.0.0.1:{port} .*in use.*; use another port"):
             serve(world.base, None, ServeOptions(port=port), lambda line: None)
 
 

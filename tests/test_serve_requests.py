@@ -7,11 +7,12 @@ from collections import deque
 import pytest
 
 from bitloft.serve.requests import Event, Request, RequestError, Sampling
+from bitloft.serve.store import Handle
 from bitloft.serve.text import TextStream
 
 
 def request() -> Request:
-    return Request([1, 2], None, Sampling(8), TextStream(None), asyncio.get_running_loop())
+    return Request([1, 2], Handle("base", None), Sampling(8), TextStream(None), asyncio.get_running_loop())
 
 
 def test_events_come_from_another_thread() -> None:

@@ -1,14 +1,26 @@
 """Answers in the OpenAI shape."""
 
 import ast
+import base64
 import json
+import math
+import struct
 from pathlib import Path
 
 import pytest
 
 import bitloft.serve
-from bitloft.serve.requests import RequestError
-from bitloft.serve.shapes import STATUS, Shape, error_response, frame, model_card
+from bitloft.serve.requests import RequestError, TokenLogprob
+from bitloft.serve.shapes import (
+    NEVER,
+    STATUS,
+    Shape,
+    classes,
+    embeddings,
+    error_response,
+    frame,
+    model_card,
+)
 
 
 def test_every_code_that_is_raised_has_a_status() -> None:
@@ -44,10 +56,55 @@ def test_pieces_of_a_chat_and_of_a_text() -> None:
     chat, text = Shape("1", "m", chat=True), Shape("1", "m", chat=False)
     assert chat.piece("", None, first=True)["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert chat.piece("", "stop")["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
-    assert text.piece("a", None)["choices"][0]["text"] == "a"
+    assert text.piece("a", None, index=2)["choices"][0] == {
+        "index": 2, "text": "a", "logprobs": None, "finish_reason": None
+    }  # fmt: skip
+    assert "usage" not in text.piece("a", None)
+    assert text.piece("a", None, usage=True)["usage"] is None
     assert chat.usage({"total_tokens": 3})["choices"] == []
-    assert chat.whole("a", "stop", {})["choices"][0]["message"]["content"] == "a"
-    assert text.whole("a", "stop", {})["object"] == "text_completion"
+    whole = chat.whole([chat.choice(0, "a", "stop")], {})
+    assert whole["choices"][0]["message"]["content"] == "a"
+    assert text.whole([text.choice(0, "a", "stop")], {})["object"] == "text_completion"
+
+
+LOGPROBS = (
+    TokenLogprob(5, "a", -0.5, ((5, "a", -0.5), (6, "b", -1.5))),
+    TokenLogprob(7, "\ufffd", -math.inf, ()),
+)
+
+
+def test_logprobs_are_json_and_tell_bytes_only_where_they_are_known() -> None:
+    told = Shape("1", "m", chat=True).choice(0, "a", "stop", LOGPROBS)["logprobs"]
+    first, second = told["content"]
+    assert (first["token"], first["logprob"], first["bytes"]) == ("a", -0.5, [97])
+    assert [one["token"] for one in first["top_logprobs"]] == ["a", "b"]
+    assert (second["logprob"], second["bytes"]) == (NEVER, None)
+    frame(told)  # no infinity, which JSON has not
+    text = Shape("1", "m", chat=False).choice(0, "a", "stop", LOGPROBS)["logprobs"]
+    assert text["tokens"] == ["a", "\ufffd"]
+    assert text["token_logprobs"] == [-0.5, NEVER]
+    assert text["top_logprobs"] == [{"a": -0.5, "b": -1.5}, {}]
+    assert text["text_offset"] == [0, 1]
+
+
+def test_a_time_to_wait_is_whole_seconds_and_at_least_one() -> None:
+    for given, told in ((0.01, "1"), (1.2, "2"), (None, "1"), (30.0, "30")):
+        assert error_response(RequestError("queue_full", "full", retry_after=given)).headers["retry-after"] == told
+
+
+def test_vectors() -> None:
+    found = embeddings("m", [[0.5, -1.0]], 3, packed=False)
+    assert found["data"] == [{"object": "embedding", "index": 0, "embedding": [0.5, -1.0]}]
+    assert found["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    packed = embeddings("m", [[0.5, -1.0]], 3, packed=True)["data"][0]["embedding"]
+    assert struct.unpack("<2f", base64.b64decode(packed)) == (0.5, -1.0)
+
+
+def test_classes() -> None:
+    found = classes("7", "m", ("no", "yes"), [[0.2, 0.8], [0.9, 0.1]], 6)
+    assert [one["label"] for one in found["data"]] == ["yes", "no"]
+    assert found["data"][0]["probs"] == [0.2, 0.8]
+    assert found["usage"]["total_tokens"] == 6
 
 
 def test_model_cards_have_parents_and_no_paths() -> None:

@@ -22,7 +22,16 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bitloft.adapter_table import BlockSpec, ModuleSpec, code_bits, parts, payload_size, read_table, scales_size, write_table
+from bitloft.adapter_table import (
+    BlockSpec,
+    ModuleSpec,
+    code_bits,
+    parts,
+    payload_size,
+    read_table,
+    scales_size,
+    write_table,
+)
 from bitloft.checkpoint import MANIFEST, SCHEMA, read_json
 from bitloft.errors import AdapterError, CheckpointError
 from bitloft.packed import DTYPES, PackedTensor
@@ -142,7 +151,11 @@ def serialize(
     """
     specs = [_spec(module) for module in modules]
     tensors = {"payload": _payload(modules, specs), "table": _bytes_tensor(write_table(specs))}
-    files = {CONFIG_FILE: canonical(config), PACKED_FILE: safetensors.torch.save(tensors)}
+    return seal({CONFIG_FILE: canonical(config), PACKED_FILE: safetensors.torch.save(tensors)}, record)
+
+
+def seal(files: dict[str, bytes], record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files with a manifest that has their sums, its own, and ``record``."""
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     manifest = {"schema": SCHEMA, "kind": KIND, "files": sums, **record}
     return files | {MANIFEST: canonical(manifest | {"self": _self_sum(manifest)})}

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 import typer
 
-from bitloft import __version__, console, console_adapter, console_convert, console_plan, console_tasks
+from bitloft import (
+    __version__,
+    console,
+    console_adapter,
+    console_convert,
+    console_plan,
+    console_serve,
+    console_tasks,
+)
 from bitloft.errors import BitloftError
 
 app = typer.Typer(
@@ -75,7 +83,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-for _group in (console, console_adapter, console_convert, console_plan, console_tasks):
+for _group in (console, console_tasks, console_serve, console_adapter, console_convert, console_plan):
     for _name, _run in _group.COMMANDS.items():
         command(_name, _run)
 

@@ -11,11 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bitloft.errors import OptionError
-from bitloft.options import (
-    GenerateOptions,
-    QuantizeOptions,
-    ServeOptions,
-)
+from bitloft.options import GenerateOptions, QuantizeOptions
 from bitloft.report import size
 from bitloft.terminal import emit, progress, show, table
 
@@ -174,35 +170,6 @@ def named_paths(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def serve(
-    base: Base,
-    options: ServeOptions,
-    adapter_dir: Annotated[
-        Path | None, typer.Option("--adapter-dir", help="directory whose subdirectories are adapters")
-    ] = None,
-    engine: Annotated[str, typer.Option("--engine", help="local, or ray: replicas on a Ray cluster")] = "local",
-    address: Address = None,
-    replicas: Annotated[int | None, typer.Option("--replicas", help="ray: replicas, or the least of them")] = None,
-    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="ray: as many where requests ask")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="ray: processors of a replica")] = None,
-) -> None:
-    """Serve a base and its adapters over an OpenAI-shaped HTTP interface."""
-    cluster = cluster_of(engine, address, None, None, threads or 1)
-    given = {"--replicas": replicas, "--max-replicas": max_replicas, "--threads": threads}
-    if cluster is not None:
-        from bitloft.serve.deployment import Replicas
-        from bitloft.serve.deployment import serve as spread
-
-        spread(base, adapter_dir, options, Replicas(replicas or 1, max_replicas, threads or 1), cluster)
-        return
-    for flag, value in given.items():
-        if value is not None:
-            raise OptionError(f"{flag} is for --engine ray; leave it out.")
-    from bitloft.serve.http import serve as verb
-
-    verb(base, adapter_dir, options)
-
-
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a base, a plain adapter or a packed one")],
     other: Annotated[Path | None, typer.Option("--compare", help="another base to put beside it")] = None,
@@ -256,7 +223,6 @@ def _standings() -> None:
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "generate": generate,
-    "serve": serve,
     "inspect": inspect,
     "info": info,
 }

@@ -204,7 +204,9 @@ class Decoder:
         tables, owned = self._tables(names, counts)
         total = sum(counts)
         if len(tables) > self._roster.segments or total > self._roster.rows:
-            self._roster = self._native.roster(max(len(tables), 2 * self._roster.segments), max(total, 2 * self._roster.rows))
+            self._roster = self._native.roster(
+                max(len(tables), 2 * self._roster.segments), max(total, 2 * self._roster.rows)
+            )
         hidden = self.model.model.embed_tokens(torch.tensor([token for _, tokens in pieces for token in tokens]))
         self._native.run(hidden, caches_of([(row, count) for (row, _), count in zip(pieces, counts, strict=True)]),
                          self._roster.fill(tables, owned, total))  # fmt: skip
@@ -226,7 +228,9 @@ class Decoder:
         self._in_use = found  # what the addresses point at, for as long as the step takes
         return [one.table for one in found], list(owned.values())
 
-    def _head(self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None]) -> Float[Tensor, "rows vocabulary"]:
+    def _head(
+        self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None]
+    ) -> Float[Tensor, "rows vocabulary"]:
         if any(int(one.table[-1, 0]) for one in self._in_use):  # an adapter touches the head
             with self.bank.rows(names):
                 logits: Tensor = self.model.lm_head(hidden)

@@ -276,7 +276,9 @@ class Roster:
         order; those behind them, up to ``rows``, are the base's. A table begins with the decoder's linears and is
         not changed. Good until the next call."""
         if len(tables) > self.segments or rows > self.rows or sum(counts) > rows:
-            raise KernelError(f"a roster for {self.segments} adapters and {self.rows} rows got {len(tables)} and {rows}.")
+            raise KernelError(
+                f"a roster for {self.segments} adapters and {self.rows} rows got {len(tables)} and {rows}."
+            )
         for i, table in enumerate(tables):
             if self._columns[i] is not table:
                 self._own[:, i] = table[: len(self._own)]

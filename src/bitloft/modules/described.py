@@ -81,7 +81,9 @@ def describe(payload: Tensor, specs: Sequence[ModuleSpec], modules: Sequence[str
     counts = torch.tensor([len(spec.blocks) for spec in specs], dtype=torch.long)
     first = counts.cumsum(0) - counts
     entries = torch.stack([counts, blocks.data_ptr() + first * (blocks.shape[1] * WORD)], 1)
-    return _placed(entries, {spec.name: i for i, spec in enumerate(specs)}, modules, (payload, matrices, blocks, exponents))
+    return _placed(
+        entries, {spec.name: i for i, spec in enumerate(specs)}, modules, (payload, matrices, blocks, exponents)
+    )
 
 
 def described_blocks(found: Mapping[str, cpu_lora.Blocks], modules: Sequence[str]) -> Described:

@@ -56,7 +56,11 @@ class Held:
         self._described: tuple[Sequence[str], Described] | None = None
         self._specs: Sequence[ModuleSpec] | None = None
         read = self._read()
-        self.nbytes = read.nbytes if read is not None else sum(f.nbytes for pairs in self.blocks().values() for p in pairs for f in p)
+        self.nbytes = (
+            read.nbytes
+            if read is not None
+            else sum(f.nbytes for pairs in self.blocks().values() for p in pairs for f in p)
+        )
 
     def _read(self) -> ModuleViews | None:
         """The modules of an adapter that was read from a file; such need no views to be known."""

@@ -46,6 +46,7 @@ def bytes_of(size: str | None) -> int | None:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "BITLOFT_API_KEY"
+ADMIN_KEY_VARIABLE = "BITLOFT_ADMIN_KEY"
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class ServeOptions:
         default=None, repr=False, metadata={"help": f"key that clients must send (default: {KEY_VARIABLE}, if set)"}
     )
     insecure_no_auth: bool = option(False, "allow a host that others reach without a key")
+    admin: bool = option(False, "add, replace and remove adapters over HTTP while serving; needs a key of its own")
+    admin_key: str | None = field(
+        default=None, repr=False, metadata={"help": f"key of the admin routes (default: {ADMIN_KEY_VARIABLE}, if set)"}
+    )
+    page: bool = option(True, "a page at / that shows load and adapters and compares two of them")
     max_batch: int = option(32, "requests that are computed at the same time")
     max_queue: int = option(256, "requests that may wait; more are refused with status 429")
     step_tokens: int = option(128, "tokens of one step at most: longer prompts are read in pieces, beside who answers")
     adapter_budget: str | None = option(
-        None, "bytes of adapters in memory, such as 512M or 2G; the others are read when they are asked for (default: all)"
+        None,
+        "bytes of adapters in memory, such as 512M or 2G; the others are read when they are asked for (default: all)",
     )
     adapter_share: float = option(0.25, "share of the queue that one adapter may hold once half of it is taken")
     max_wait: float = option(10.0, "seconds after which a waiting request goes first, whatever its adapter was served")
@@ -92,6 +99,14 @@ class ServeOptions:
             f"drain_seconds is {self.drain_seconds}; use 0 or more.",
         )
         require(
+            not self.admin or self.admin_secret is not None,
+            f"admin needs a key of its own; set admin_key or {ADMIN_KEY_VARIABLE}.",
+        )
+        require(
+            self.admin_secret is None or self.admin_secret != self.key,
+            "admin_key and api_key are the same; every client could change what is served. Give two keys.",
+        )
+        require(
             self.host in LOOPBACK or self.key is not None or self.insecure_no_auth,
             f"host {self.host} is reached from other machines; set a key (api_key or {KEY_VARIABLE}) or allow it "
             "without one (insecure_no_auth).",
@@ -101,3 +116,8 @@ class ServeOptions:
     def key(self) -> str | None:
         """The key that clients must send, None for none: the option, else the environment's."""
         return self.api_key or os.environ.get(KEY_VARIABLE) or None
+
+    @property
+    def admin_secret(self) -> str | None:
+        """The key of the admin routes, None where they are off."""
+        return (self.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None) if self.admin else None

@@ -87,7 +87,9 @@ class ModelRows:
                 f"a model with {', '.join(sorted(kinds))} layers cannot be served: rows could not join."
             )
         if batch_invariant:
-            raise CheckpointError("batch_invariant needs a model that the native decoder runs; this one goes through torch.")
+            raise CheckpointError(
+                "batch_invariant needs a model that the native decoder runs; this one goes through torch."
+            )
         self.model, self.bank = model, bank
         known = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in known  # models with relative positions take none

@@ -7,17 +7,14 @@ sign of that. Fields in HARMLESS change no answer and are ignored; a field at it
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 from bitloft.serve.requests import RequestError
 
 HARMLESS = frozenset({"user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier"})
 NEUTRAL: dict[str, Any] = {
-    "n": 1,
     "best_of": 1,
     "echo": False,
-    "logprobs": False,
-    "top_logprobs": 0,
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
@@ -27,6 +24,10 @@ NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "modalities": ["text"],
 }
+CHOICES = 4  # answers to one prompt
+PROMPTS = 16  # prompts of one completion request
+INPUTS = 256  # texts of one embedding or classification request
+LIKELIEST = 20  # tokens that log-probabilities name at most
 
 
 def _listed(stop: Any) -> Any:
@@ -66,14 +67,21 @@ class Message(Strict):
         return {"role": self.role, "content": text}
 
 
-class Body(Strict):
-    """What both kinds of completion take."""
+class Named(Strict):
+    """What every request names: the base or an adapter."""
 
     model: str
+
+
+class Body(Named):
+    """What both kinds of completion take. ``top_k`` is no field of OpenAI's; other servers spell it so (-1: all)."""
+
     max_tokens: int | None = Field(None, gt=0, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int = Field(1, ge=1, le=CHOICES)
     stop: Annotated[list[StopString], Field(max_length=4), BeforeValidator(_listed)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -83,21 +91,81 @@ class Body(Strict):
         """Tokens that the answer may have, None where the client does not say."""
         return self.max_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        """Tokens whose log-probabilities are told at every place, None for no log-probabilities at all."""
+        return None
+
 
 class ChatBody(Body):
     messages: list[Message] = Field(min_length=1, max_length=128)
     max_completion_tokens: int | None = Field(None, gt=0, lt=2**31)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=LIKELIEST)
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        return self
 
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+Tokens = Annotated[list[int], Field(min_length=1)]
+
 
 class CompletionBody(Body):
-    prompt: str | list[int]
+    prompt: str | list[int] | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=PROMPTS)]
+    logprobs: int | None = Field(None, ge=0, le=LIKELIEST)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or more prompts, each a text or token ids."""
+        return _several(self.prompt)
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
-Kind = TypeVar("Kind", bound=Body)
+class InputBody(Named):
+    """Texts for an encoder: one, or a batch of them, each a text or token ids."""
+
+    input: str | list[int] | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=INPUTS)]
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        return _several(self.input)
+
+
+class EmbeddingBody(InputBody):
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class ClassifyBody(InputBody):
+    pass
+
+
+class AdapterBody(Strict):
+    """An adapter to add: the name of a subdirectory of the adapter directory, never a path."""
+
+    name: str
+    replace: bool = False
+
+
+def _several(given: Any) -> list[str | list[int]]:
+    one = isinstance(given, str) or (isinstance(given, list) and not (given and isinstance(given[0], str | list)))
+    return [given] if one else given
+
+
+Kind = TypeVar("Kind", bound=Strict)
 
 
 def parse(kind: type[Kind], data: bytes) -> Kind:
@@ -118,7 +186,8 @@ def parse(kind: type[Kind], data: bytes) -> Kind:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         worst = max(found, key=lambda e: len(e["loc"]))  # of a field's alternatives the one that fits furthest
         where = ".".join(str(part) for part in worst["loc"])
-        raise RequestError("invalid_value", f"{where}: {worst['msg']}.", str(worst["loc"][0])) from None
+        told = f"{where}: {worst['msg']}" if where else worst["msg"]
+        raise RequestError("invalid_value", f"{told}.", str(worst["loc"][0]) if where else worst["type"]) from None
 
 
 def _asks_nothing(name: str, value: Any) -> bool:

@@ -75,7 +75,7 @@ class Engine:
         if model.config.is_encoder_decoder or not model.can_generate():
             raise CheckpointError(f"a {type(model).__name__} does not continue text; only causal models are served.")
         self.model, self.tokenizer, self.store, self.options = model, tokenizer, store, options
-        self.context = _context(model, options.context)
+        self.context = context_of(model, options.context)
         self.backend = backend or backend_for(model, store.bank, batch_invariant=options.batch_invariant)
         self.cache_budget = bytes_of(options.cache_budget) or int(SHARE_OF_FREE * free_memory())
         self.draining = False
@@ -221,9 +221,9 @@ class Engine:
             self._usual += LATELY * (time.monotonic() - began - self._usual)
         with self._wake:
             left = list(self._scheduler)
-            self._running.fail(left, "shutting_down", "the server is shutting down.")
-            self._scheduler.drop(lambda request: not request.ended)
+            self._scheduler.drop(lambda request: False)
         self._running.restart("shutting_down", "the server is shutting down.")
+        self._running.fail(left, "shutting_down", "the server is shutting down.")
 
     def _restart(self) -> None:
         with self._wake:
@@ -246,7 +246,9 @@ class Engine:
         """One step, with those who leave before it and those who join."""
         with self._wake:
             late = self._expired(self._running.requests, self.options.request_seconds)
-            self._running.fail(late, "request_timeout", f"the request took longer than {self.options.request_seconds:g} s.")
+            self._running.fail(
+                late, "request_timeout", f"the request took longer than {self.options.request_seconds:g} s."
+            )
             self._running.sweep()
             self._drop()
             self._take()
@@ -303,7 +305,7 @@ class Engine:
             self._wake.notify()
 
 
-def _context(model: PreTrainedModel, asked: int | None) -> int:
+def context_of(model: PreTrainedModel, asked: int | None) -> int:
     """Tokens of prompt and answer together."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = asked or own

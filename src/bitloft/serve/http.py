@@ -19,11 +19,16 @@ from bitloft.errors import BitloftError
 from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import LOOPBACK, ServeOptions
-from bitloft.serve.api import HEADER_BYTES, Service, app
+from bitloft.serve.api import app
+from bitloft.serve.connection import PatientProtocol, allow_files, listen
+from bitloft.serve.encoder import Encoder, is_encoder
 from bitloft.serve.engine import Engine
+from bitloft.serve.guard import HEADER_BYTES
+from bitloft.serve.service import Service
 from bitloft.serve.store import AdapterStore
 
 GRACE_SECONDS = 5  # for connections to close once nothing runs any more
+LISTED = 20  # adapters that are told one by one at the start
 
 Tell = Callable[[str], None]
 
@@ -50,37 +55,45 @@ def open_service(
     store = AdapterStore(AdapterBank(model), record, name, options)
     if adapter_dir is not None:
         store.scan(Path(adapter_dir))
-    for name in store.names:
-        held = store.find(name)
-        tell(f"adapter {name}: {held.nbytes / 1024:.0f} KiB in memory" + (f"; {held.note}" if held.note else ""))
+    cards = store.cards()
+    for card in cards[:LISTED]:
+        tell(f"adapter {card.name}: {card.nbytes / 1024:.0f} KiB in memory" + (f"; {card.note}" if card.note else ""))
+    if len(cards) > LISTED:
+        tell(f"and {len(cards) - LISTED} more adapters")
     for name, reason in store.refused.items():
         tell(f"adapter {name} is not served: {reason}")
-    return Service(Engine(model, tokenizer, store, options), store, tokenizer, options)
+    engine = (Encoder if is_encoder(model) else Engine)(model, tokenizer, store, options)
+    return Service(engine, store, tokenizer, options, None if adapter_dir is None else Path(adapter_dir))
 
 
 class Server(uvicorn.Server):
     """uvicorn that drains the engine before it stops."""
 
     def __init__(self, service: Service, tell: Tell = _tell) -> None:
+        """Raises BitloftError for an address that cannot be listened on."""
         options = service.options
+        protocol = type("Protocol", (PatientProtocol,), {"cap": allow_files()})
         config = uvicorn.Config(
-            app(service), host=options.host, port=options.port, http="h11", ws="none", lifespan="off",
+            app(service), host=options.host, port=options.port, http=protocol, ws="none", lifespan="off",
             h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=GRACE_SECONDS,
             log_level="warning", access_log=False, server_header=False,
         )  # fmt: skip
         super().__init__(config)
         self.service, self.tell = service, tell
+        self.sockets = listen(options.host, options.port)
         self._deadline: float | None = None
 
     @property
     def url(self) -> str:
-        """Where clients reach it, once it has started."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        """Where clients reach it."""
+        host, port = self.sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
     async def main_loop(self) -> None:
         store = self.service.store
         self.tell(f"serving {store.base_name} and {len(store.names)} adapters at {self.url} (Ctrl-C stops)")
+        if self.service.options.page:
+            self.tell(f"page at {self.url.removesuffix('v1')}")
         if self.service.options.host not in LOOPBACK and self.service.options.key is None:
             self.tell("warning: no key is set, so everyone who reaches this address can use it")
         await super().main_loop()
@@ -89,6 +102,7 @@ class Server(uvicorn.Server):
         if self._deadline is None:
             self.drain()
         else:
+            self.service.engine.stop(wait=False)
             self.should_exit = self.force_exit = True
 
     def drain(self) -> None:
@@ -105,17 +119,18 @@ class Server(uvicorn.Server):
 
 
 def _run(server: Server) -> None:
-    """Engine and server from start to end. Raises BitloftError for a port that is taken."""
+    """Engine and server from start to end. Raises BitloftError where a second signal cut it short."""
     service = server.service
-    service.engine.start()
     try:
-        server.run()
-    except SystemExit:  # uvicorn's answer to a socket that it cannot open; it has logged why
-        raise BitloftError(f"cannot listen on {server.config.host}:{server.config.port}; use another port.") from None
+        service.engine.start()
+        server.run(sockets=server.sockets)
     finally:
-        service.engine.stop()
-        service.store.close()
-        service.pool.shutdown(wait=False, cancel_futures=True)
+        service.engine.stop(wait=not server.force_exit)
+        service.close()
+        for one in server.sockets:
+            one.close()
+    if server.force_exit:
+        raise BitloftError("a second signal ended the server at once; what was running is cut off.")
 
 
 def serve(
@@ -123,9 +138,14 @@ def serve(
 ) -> None:
     """Serve until a signal comes; returns after an orderly end.
 
-    Raises BitloftError children for a base, directory or option that cannot be used, and for a port that is taken.
+    Raises BitloftError children for a base, directory or option that cannot be used, for an address that is taken, and
+    where a second signal cut the end short.
     """
-    _run(Server(open_service(base, adapter_dir, options or ServeOptions(), tell), tell))
+    service = open_service(base, adapter_dir, options or ServeOptions(), tell)
+    try:
+        _run(Server(service, tell))
+    finally:
+        service.store.close()
 
 
 @contextmanager

@@ -141,9 +141,10 @@ class Residency:
             if not version.resident:
                 raise RequestError("shutting_down", "the server is shutting down.")
 
-    def forget(self, version: Version) -> None:
-        """A name less leads to it."""
+    def name(self, version: Version, change: int) -> None:
+        """A name more (1) or less (-1) leads to it."""
         with self._change:
+            version.names += change
             self._discard(version)
 
     def quarantine(self, key: str) -> None:
@@ -230,7 +231,9 @@ class Residency:
         known = isinstance(cause, BitloftError | OSError)
         log.warning("an adapter cannot be loaded: %s", cause, exc_info=None if known else cause)
         version.failed_at, version.cause = time.monotonic(), cause
-        version.failure = RequestError("adapter_invalid", "the adapter's files cannot be served; the server's log says why.")
+        version.failure = RequestError(
+            "adapter_invalid", "the adapter's files cannot be served; the server's log says why."
+        )
 
     def close(self) -> None:
         """End the loading thread; those who wait are told."""

@@ -5,6 +5,7 @@ read, in the order of their arrival: a long prompt is read over many steps, and 
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,8 @@ class Running:
             self._accept(request, choice)
 
     def _accept(self, request: Request, choice: Choice) -> None:
+        if request.first is None:
+            request.first = time.monotonic()
         request.tokens.append(choice.token)
         self.totals.answer_tokens += 1
         self.wrote(request)
@@ -168,9 +171,9 @@ class Running:
 
     def restart(self, code: str, message: str) -> None:
         """After an error: every request ends, and the backend begins anew."""
-        self.fail(self.requests, code, message)
-        for request in self.requests:
+        left, self.requests = self.requests, []
+        self.backend.reset()
+        for request in left:
             request.row = None
             self.ended(request)
-        self.requests.clear()
-        self.backend.reset()
+        self.fail(left, code, message)

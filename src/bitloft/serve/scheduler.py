@@ -22,7 +22,9 @@ LEAST_RETRY, MOST_RETRY = 1.0, 60.0
 class Scheduler:
     """Waiting requests by adapter. Not safe for threads: the engine holds a lock."""
 
-    def __init__(self, *, most: int, share: float, max_wait: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, *, most: int, share: float, max_wait: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """At most ``most`` requests wait; one adapter's at most ``share`` of that once half of it is taken."""
         self.most, self.share, self.max_wait, self.clock = most, share, max_wait, clock
         self._queues: dict[str | None, deque[Request]] = {}
@@ -44,7 +46,10 @@ class Scheduler:
         own = len(self._queues.get(adapter, ()))
         if self._count + count > self.most:
             raise RequestError(
-                "queue_full", f"{self._count} requests are waiting already; try again shortly.", None, self.retry_after()
+                "queue_full",
+                f"{self._count} requests are waiting already; try again shortly.",
+                None,
+                self.retry_after(),
             )
         limit = max(int(self.share * self.most), 1)
         if own + count > limit and self._count + count > SHARED_FROM * self.most:

@@ -29,7 +29,9 @@ def _compare(backend: Backend, keys: list[str | None]) -> None:
         if not bool(torch.isfinite(own).all()):
             continue  # an adapter that overflows on these tokens: its requests will say so
         if float((found - own).abs().max()) > TOLERANCE * max(float(own.abs().max()), 1e-6):
-            raise CheckpointError("rows of a batch do not answer as they do alone with this model; it cannot be served.")
+            raise CheckpointError(
+                "rows of a batch do not answer as they do alone with this model; it cannot be served."
+            )
 
 
 def _run(backend: Backend, prompts: list[list[int]], keys: list[str | None]) -> list[torch.Tensor]:

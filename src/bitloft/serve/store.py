@@ -249,20 +249,28 @@ class AdapterStore:
         version = self.residency.version(*_identity(Path(path), self.pack_plain))
         if version.path != path and not version.resident:
             version.path = Path(path)  # the same files, where they are now
-        if not (later and self.residency.full_for(version)):
-            self.residency.hold(version, again=True)
-            try:
-                self.residency.wait(version)
-            finally:
-                self.residency.release(version)
+        self.residency.name(version, 1)
+        try:
+            if not (later and self.residency.full_for(version)):
+                self._verify(version)
+        except BaseException:
+            self.residency.name(version, -1)
+            raise
         with self._lock:
             old = self._entries.get(name)
             self._entries[name] = _Entry(version)
-            version.names += 1
             if old is not None:
                 self._drop(old)
             self.refused.pop(name, None)
             return self._card(name, self._entries[name])
+
+    def _verify(self, version: Version) -> None:
+        """Have it in memory once. Raises what is wrong with it."""
+        self.residency.hold(version, again=True)
+        try:
+            self.residency.wait(version)
+        finally:
+            self.residency.release(version)
 
     def remove(self, name: str) -> None:
         """Forget a name; requests that hold its version keep it to their end. Raises RequestError (model_not_found)."""
@@ -271,8 +279,7 @@ class AdapterStore:
             del self._entries[name]
 
     def _drop(self, entry: _Entry) -> None:
-        entry.version.names -= 1
-        self.residency.forget(entry.version)
+        self.residency.name(entry.version, -1)
 
     def close(self) -> None:
         """End the loading thread."""

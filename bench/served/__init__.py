@@ -1,0 +1,1 @@
+"""What the serving benchmarks share: many adapters made quickly, and PEFT doing the same requests."""
