@@ -129,7 +129,12 @@ def check(packed: PackedTensor) -> None:
 
 
 def _flags(fmt: Format) -> int:
-    return HALF * (fmt.family == "half") | DQ * fmt.dq | ONE_RANGE * (fmt.group == TENSOR) | TRELLIS * (fmt.family == "trellis")
+    return (
+        HALF * (fmt.family == "half")
+        | DQ * fmt.dq
+        | ONE_RANGE * (fmt.group == TENSOR)
+        | TRELLIS * (fmt.family == "trellis")
+    )
 
 
 def _addresses(parts: dict[str, Tensor]) -> dict[str, int]:

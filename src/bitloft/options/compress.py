@@ -21,7 +21,15 @@ METHODS = {
     "truncate": ("rank", "width"),
     "shrink": ("quality",),
 }
-DEFAULTS: dict[str, str | float | int] = {"bits": 0.8, "code": "trellis", "high": 2, "ratio": 0.8, "split": "svd", "rank": 1, "width": 16}
+DEFAULTS: dict[str, str | float | int] = {
+    "bits": 0.8,
+    "code": "trellis",
+    "high": 2,
+    "ratio": 0.8,
+    "split": "svd",
+    "rank": 1,
+    "width": 16,
+}
 
 
 @dataclass(frozen=True)

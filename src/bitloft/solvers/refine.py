@@ -80,7 +80,9 @@ def _move_left(
             left[i] = decode(stored[i])[0]
             continue
         walked, grown, growth = _walked(target, packed, scaled[i])
-        if growth and float((target - growth * decode(walked)).square().sum()) < float((target - left[i]).square().sum()):
+        if growth and float((target - growth * decode(walked)).square().sum()) < float(
+            (target - left[i]).square().sum()
+        ):
             stored[i], scaled[i] = walked, grown
             left[i], right[i] = decode(walked)[0], decode(grown)[0]
             gram[i] *= growth

@@ -30,6 +30,7 @@ WIDTHS = (1, 2, 3, 4)
 # one, where a bit costs less: 3 to 4 % less error at equal bytes on a trained adapter (docs/decisions.md). Choice 0
 # stores nothing, choice c > 0 is CHOICES[c - 1].
 CHOICES = (*((w, w) for w in WIDTHS), (1, 2), (2, 1), (2, 3), (3, 2), (3, 4), (4, 3))
+SHORT = 32  # values of a row below which a trellis, all ends, is worse than a scalar code
 SCALE_BYTES = 2  # one fp16 scale per stored component
 
 
@@ -53,10 +54,11 @@ class Coded:
 
 
 def code(exact: Components, kind: str = "trellis") -> Coded:
-    """Codes of both sides at 1 to 4 bits; scales, squared errors and costs in bytes of every choice of two of them."""
+    """Codes of both sides at 1 to 4 bits, ``kind`` "trellis" or "scalar"; scales, squared errors and costs in bytes of
+    every choice of two of them."""
     energy = exact.s.double().square()
-    a = tuple(_unit_codes(exact.v, code_format(bits, ROW, kind), exact.root) for bits in WIDTHS)
-    bt = tuple(_unit_codes(exact.u, code_format(bits, ROW, kind), None) for bits in WIDTHS)
+    a = tuple(_unit_codes(exact.v, bits, kind, exact.root) for bits in WIDTHS)
+    bt = tuple(_unit_codes(exact.u, bits, kind, None) for bits in WIDTHS)
     fit_a = [_fit(exact.seen(exact.v), exact.seen(decode(codes))) for codes in a]
     fit_bt = [_fit(exact.u.double(), decode(codes).double()) for codes in bt]
     scales, errors, costs = [], [energy], [0]
@@ -71,9 +73,10 @@ def code(exact: Components, kind: str = "trellis") -> Coded:
 
 
 def _unit_codes(
-    x: Float[Tensor, "rank columns"], fmt: Format, root: Float[Tensor, "columns columns"] | None
+    x: Float[Tensor, "rank columns"], bits: int, kind: str, root: Float[Tensor, "columns columns"] | None
 ) -> PackedTensor:
-    """The codes that fit each row best at its best scale, kept without that scale."""
+    """The codes that fit each row best at its best scale, kept without that scale; scalar ones for a SHORT side."""
+    fmt = code_format(bits, ROW, kind if x.shape[1] >= SHORT else "scalar")
     best = fitted(x, fmt, root) if fmt.family == "trellis" else encode(x, fmt)
     bare = Format(fmt.family, fmt.bits, UNIT)
     return PackedTensor(bare, best.shape, best.codes, best.scales[:, :0], torch.zeros_like(best.exponent))

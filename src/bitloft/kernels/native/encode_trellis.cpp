@@ -195,13 +195,13 @@ struct Values {
 
 template <int K>
 void choose_codes(const TrellisRow& row, const Values& v) {
-  const int64_t n = row.width, tail = n < TAIL ? n : TAIL;
+  const int64_t n = row.width;
   Walk<K> walk(v.z, v.weights, row.decisions);
-  walk.go(n - tail, 2 * tail, n, -1);
+  walk.go((n - TAIL % n) % n, 2 * TAIL, n, -1);
   int state = walk.cheapest();
-  for (int64_t t = 2 * tail - 1; t >= tail; --t) state = walk.before(state, t);
+  for (int64_t t = 2 * TAIL - 1; t >= TAIL; --t) state = walk.before(state, t);
   walk.go(0, n, n, state);
-  std::memset(row.codes, 0, static_cast<size_t>(n / 8 * K));
+  for (int64_t byte = 0; byte < n / 8 * K; ++byte) row.codes[byte] = 0;
   for (int64_t t = n - 1; t >= 0; --t) {
     row.codes[t / 8] = static_cast<uint8_t>(row.codes[t / 8] | (state & 1) << t % 8);
     state = walk.before(state, t);

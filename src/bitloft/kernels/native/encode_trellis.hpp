@@ -6,7 +6,7 @@
 namespace bl {
 
 constexpr int64_t STATES = 256;    // the eight bits of the first plane that a value and its successors share
-constexpr int64_t TAIL = 128;      // values on both sides of a row's ends that decide its first state
+constexpr int64_t TAIL = 128;      // values before and after a row's ends, read in a circle, that decide its first state
 constexpr int64_t DECISIONS = STATES / 16;  // words of sixteen bits a value
 
 struct TrellisRow {
