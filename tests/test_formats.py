@@ -14,7 +14,8 @@ FORMATS = ["nf4:64", "nf3:64", "nf2:64", "lm2:64", "lm3:64", "lm4:64", "uniform2
            "sign:128", "lm2:row", "lm4:unit", "sign:unit",
            "uniform2:tensor", "uniform4:tensor", "book2:64", "book3:64", "nf4:64+dq", "lm2:64+dq", "uniform3:64+dq",
            "nf2:64+shift", "lm2:64+shift", "uniform2:64+shift", "sign:64+shift", "book2:row+dq+shift",
-           "uniform4:64+dq+shift", "int8:64", "int8:row", "half:row", "half:unit"]  # fmt: skip
+           "uniform4:64+dq+shift", "int8:64", "int8:row", "half:row", "half:unit",
+           "trellis1:row", "trellis2:unit", "trellis3:row", "trellis4:unit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", FORMATS)
@@ -24,7 +25,7 @@ def test_spelling_round_trips(spelling: str) -> None:
 
 
 @given(
-    st.sampled_from(["nf", "lm", "uniform", "sign", "book", "int", "half"]),
+    st.sampled_from(["nf", "lm", "uniform", "sign", "book", "int", "half", "trellis"]),
     st.sampled_from([1, 2, 3, 4, 8, 16]),
     st.sampled_from([8, 24, 64, 4096, 0, -1, -2]),
     st.booleans(),

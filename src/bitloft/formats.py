@@ -10,6 +10,7 @@ One spelling everywhere (Python, CLI, files, reports), and ``Format.parse(str(f)
     book2:64    four levels learned per matrix, for heavy tails
     sign:128    one bit, +-1, scale = mean of absolute values
     int8:row    8 bits, -127 to 127, the largest magnitude at the end
+    trellis2:row     neighbouring codes share their choices (kernels/trellis.py); one scale per row, or none (:unit)
     half:unit   IEEE half precision, uncoded (half:row: one more scale per row)
     +dq         suffix: the scales themselves in 8 bits, with one range per 256 of them (QLoRA's double quantization)
     +shift      suffix: one fp16 shift per group (QA-LoRA merges into it)
@@ -53,11 +54,12 @@ _WIDTHLESS = {"sign": 1, "half": 16}  # families of one width, which their spell
 DQ_BLOCK = 256  # scales that share one range under +dq
 
 _FAMILIES = {"nf": (2, 3, 4), "lm": (2, 3, 4), "uniform": (2, 3, 4), "book": (2, 3), "sign": (1,), "int": (8,),
-             "half": (16,)}  # fmt: skip
-_SPELLING = re.compile(r"(nf|lm|uniform|book|sign|int|half)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
+             "half": (16,), "trellis": (1, 2, 3, 4)}  # fmt: skip
+_SPELLING = re.compile(r"(nf|lm|uniform|book|sign|int|half|trellis)([0-9]*):([0-9]+|row|unit|tensor)(\+dq)?(\+shift)?")
 KNOWN = (
     "nf2..4, lm2..4, uniform2..4, book2..3, sign, int8 or half, then ':' and a group (a multiple of 8, 'row', "
-    "'unit', or 'tensor' for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq"
+    "'unit', or 'tensor' for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq; or "
+    "trellis1..4:row or :unit"
 )
 
 
@@ -97,6 +99,8 @@ class Format:
             raise FormatError(
                 f"format {self}: half precision takes one scale a row or none; use half:row or half:unit."
             )
+        if self.family == "trellis" and (self.group not in (ROW, UNIT) or self.dq or self.shift):
+            raise FormatError(f"format {self}: trellis codes take one scale a row or none; use trellis{self.bits}:row.")
         if self.group == UNIT and self.family in ("uniform", "book", "int"):
             raise FormatError(f"format {self}: a {self.family} code needs a scale; use a group or 'row'.")
         if self.group == TENSOR and self.family != "uniform":
@@ -126,7 +130,8 @@ class Format:
     @property
     def levels(self) -> tuple[float, ...]:
         """The level of each code, ascending; 2**bits of them. ``uniform`` has 0, 1, ... before its zero point or shift;
-        ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor; ``half`` has no table."""
+        ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor; ``half`` has no table, nor has
+        ``trellis``, whose codes mean nothing alone."""
         return _levels(self.family, self.bits)
 
     @property
@@ -168,7 +173,7 @@ def _levels(family: str, bits: int) -> tuple[float, ...]:
         return tuple(float(i) for i in range(2**bits))
     if family == "int":
         return tuple(float(i - 128) for i in range(256))
-    if family == "half":
+    if family in ("half", "trellis"):
         return ()
     if family in ("lm", "book"):
         half = LLOYD_MAX[bits]

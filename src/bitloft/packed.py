@@ -3,7 +3,8 @@
 Layout of a row of codes (rows are the flattened leading axes, padded to whole groups with code 0):
 
 * 1, 2, 4 bits: ``8 // bits`` codes per byte, the first code in the lowest bits;
-* 3 bits: a plane of the two low bits (packed as above), then a plane of the high bit, so exactly 3.0 payload bits.
+* 3 bits: a plane of the two low bits (packed as above), then a plane of the high bit, so exactly 3.0 payload bits;
+* trellis codes: a plane for each bit.
 
 Scales are fp16 bit patterns in int16, in units of ``2**exponent`` chosen so that the largest is near 2**14 and none
 of use is subnormal. Integers, because ``module.half()`` or ``.to(bfloat16)`` casts every float buffer and must not
@@ -119,6 +120,21 @@ def unpack_bits(packed: Int8[Tensor, "rows bytes"], bits: int, width: int) -> UI
     shifts = torch.arange(per_byte, device=packed.device, dtype=torch.uint8) * bits
     lanes: Tensor = (packed.view(torch.uint8).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return lanes.reshape(packed.shape[0], width)
+
+
+def pack_planes(codes: UInt8[Tensor, "rows width"], bits: int) -> Int8[Tensor, "rows bytes"]:
+    """Trellis codes as ``bits`` planes, the lowest bit's first; the width must be a multiple of 8."""
+    return torch.cat([pack_bits(codes >> plane & 1, 1) for plane in range(bits)], dim=1)
+
+
+def unpack_planes(packed: Int8[Tensor, "rows bytes"], bits: int) -> UInt8[Tensor, "rows width"]:
+    """The inverse of ``pack_planes``."""
+    width = packed.shape[1] * 8 // bits
+    planes = [unpack_bits(plane, 1, width) << i for i, plane in enumerate(packed.chunk(bits, dim=1))]
+    found = planes[0]
+    for plane in planes[1:]:
+        found |= plane
+    return found
 
 
 def scale_exponent(*values: Tensor) -> Int[Tensor, ""]:

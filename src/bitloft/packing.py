@@ -88,7 +88,7 @@ class Packing:
         settings = self.options.settings
         if settings["name"] != "waterfill":
             return self.modules_of([self._other(i, settings) for i in self._each()]), notes
-        coded = [waterfill.code(self._aims[i]) for i in self._each()]
+        coded = [waterfill.code(self._aims[i], str(settings["code"])) for i in self._each()]
         if "quality" in settings:
             return self._of_quality(coded, float(settings["quality"])), notes
         return self._of_bits(coded, float(settings["bits"]), notes)

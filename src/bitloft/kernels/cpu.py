@@ -21,7 +21,7 @@ from bitloft.packed import PackedTensor
 INTERFACE = 2  # BL_INTERFACE of bitloft.h
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HALF, DQ, ONE_RANGE, ARRANGED = 1, 2, 4, 8  # flags of bl_matrix
+HALF, DQ, ONE_RANGE, ARRANGED, TRELLIS = 1, 2, 4, 8, 16  # flags of bl_matrix
 
 
 class Matrix(ctypes.Structure):
@@ -117,7 +117,7 @@ def matrix(packed: PackedTensor) -> Matrix:
         rows=packed.codes.shape[0], columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
         groups=fmt.groups(columns), bits=fmt.bits,
         flags=_flags(fmt) | ARRANGED * packed.arranged, **_addresses(parts),
-        levels=None if fmt.family == "half" else _levels(fmt),
+        levels=None if fmt.family in ("half", "trellis") else _levels(fmt),
     )  # fmt: skip
 
 
@@ -129,7 +129,12 @@ def check(packed: PackedTensor) -> None:
 
 
 def _flags(fmt: Format) -> int:
-    return HALF * (fmt.family == "half") | DQ * fmt.dq | ONE_RANGE * (fmt.group == TENSOR)
+    return (
+        HALF * (fmt.family == "half")
+        | DQ * fmt.dq
+        | ONE_RANGE * (fmt.group == TENSOR)
+        | TRELLIS * (fmt.family == "trellis")
+    )
 
 
 def _addresses(parts: dict[str, Tensor]) -> dict[str, int]:

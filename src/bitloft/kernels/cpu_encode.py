@@ -27,7 +27,9 @@ _GIVEN, _SPLIT, _RANGE_SEARCHED = 0, 3, 6
 
 def takes(x: Tensor, fmt: Format) -> bool:
     """Whether the native encoder does this: there is a library, the tensor is on the CPU, and has codes to choose."""
-    return cpu.library() is not None and x.device.type == "cpu" and x.dim() > 0 and fmt.family != "half"
+    return (
+        cpu.library() is not None and x.device.type == "cpu" and x.dim() > 0 and fmt.family not in ("half", "trellis")
+    )
 
 
 def encode(x: Float[Tensor, "*shape"], fmt: Format, ranges: bool) -> PackedTensor:

@@ -42,7 +42,7 @@ def _library() -> ctypes.CDLL:
 def multiplies(fmt: Format) -> bool:
     """Whether products are computed from codes of this format, not from decoded values."""
     unit = 32 if fmt.bits == 3 else 32 // fmt.bits
-    return fmt.bits <= 4 and (fmt.group <= 0 or fmt.group % unit == 0)
+    return fmt.bits <= 4 and fmt.family != "trellis" and (fmt.group <= 0 or fmt.group % unit == 0)
 
 
 def can_arrange(fmt: Format, columns: int) -> bool:

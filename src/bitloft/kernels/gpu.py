@@ -18,11 +18,13 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, Format
+from bitloft.kernels import trellis
 from bitloft.kernels.plain import levels_of
 from bitloft.packed import PackedTensor
 
 Factor = PackedTensor | Tensor  # components as rows, [k, width]
 
+TRELLIS = 64  # added to the bits of trellis codes; gpu_kernels knows it
 FEW = 4  # rows up to which one program sums a whole output; beyond, tiles go through the matrix units
 BLOCK = {"BR": 16, "BC": 128}
 TILE = {"BN": 32, "BO": 64, "BI": 32}
@@ -185,7 +187,8 @@ def _parts(packed: PackedTensor) -> tuple[Tensor, ...]:
     zeros = codes if packed.zeros is None else packed.zeros.view(torch.uint8)
     optional = (packed.shifts, packed.scale_low, packed.scale_step)
     shifts, low, step = (packed.scales if part is None else part for part in optional)
-    levels = _levels(levels_of(packed), str(codes.device))
+    coded = packed.format.family == "trellis"
+    levels = _levels(trellis.table(packed.format.bits) if coded else levels_of(packed), str(codes.device))
     return codes, packed.scales, packed.exponent, zeros, shifts, levels, low, step
 
 
@@ -199,7 +202,8 @@ def _facts(fmt: Format, columns: int) -> dict[str, Any]:
     """What the kernels must know of a format, by parameter name."""
     return {
         "row_bytes": fmt.width(columns) * fmt.bits // 8, "width": fmt.width(columns),
-        "group": fmt.group_size(columns), "groups": fmt.groups(columns), "bits": fmt.bits,
+        "group": fmt.group_size(columns), "groups": fmt.groups(columns),
+        "bits": fmt.bits + TRELLIS * (fmt.family == "trellis"),
         "scaled": fmt.groups(columns) > 0, "one_range": fmt.group == TENSOR, "dq": fmt.dq,
         "zero_bits": (4 if fmt.bits == 3 else fmt.bits) if fmt.has_zeros else 0, "shifted": fmt.has_shifts,
     }  # fmt: skip

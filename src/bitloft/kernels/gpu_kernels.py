@@ -29,6 +29,14 @@ def _values(
     elif bits == 16:  # fp16, at any byte
         pattern = tl.load(at + 2 * c, inside, 0).to(tl.int32) | tl.load(at + 2 * c + 1, inside, 0).to(tl.int32) << 8
         value = pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif bits > 64:  # planes of trellis codes: a window of nine bits of the first, and one bit of each other
+        ends = width // 8
+        first = (c // 8 + ends - 1) % ends
+        pair = tl.load(at + first, inside, 0).to(tl.int32) | tl.load(at + c // 8, inside, 0).to(tl.int32) << 8
+        code = pair >> (c % 8) & 511
+        for plane in range(1, bits - 64):
+            code |= (tl.load(at + plane * ends + c // 8, inside, 0).to(tl.int32) >> (c % 8) & 1) << (8 + plane)
+        value = tl.load(levels + code, inside, 0.0)
     else:  # codes of a level table
         code = tl.load(at + c * narrow // 8, inside, 0).to(tl.int32) >> (c * narrow % 8) & ((1 << narrow) - 1)
         if planes:

@@ -1,6 +1,7 @@
 """The operators that the rest of bitloft calls; each runs native code where that takes the tensors, else plain torch.
 
 ``encode``         x -> PackedTensor (groups along the last axis)
+``encode_trellis`` the same with trellis codes, some columns weighing more than others
 ``decode``         PackedTensor -> values
 ``decode_rows``    the same, for some rows of a matrix; ``decode_columns`` for some columns
 ``residual``       x - decode(W), or only its norm, in one pass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format
-from bitloft.kernels import cpu_dequantize, cpu_encode, cpu_linear, plain
+from bitloft.kernels import cpu_dequantize, cpu_encode, cpu_linear, cpu_trellis, plain, trellis
 from bitloft.kernels.cpu import explain
 from bitloft.kernels.plain import decode_columns
 from bitloft.packed import PackedTensor
@@ -28,6 +29,7 @@ __all__ = [
     "decode_columns",
     "decode_rows",
     "encode",
+    "encode_trellis",
     "explain",
     "packed_linear",
     "packed_linear_grad_input",
@@ -38,9 +40,21 @@ __all__ = [
 def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
     """Quantize ``x``; see ``encoding.encode``, whose bytes the native encoder gives."""
     fmt = Format.parse(fmt)
+    if fmt.family == "trellis" and x.dim():
+        return encode_trellis(x, fmt)
     if cpu_encode.takes(x, fmt):
         return cpu_encode.encode(x, fmt, ranges)
     return plain.encode(x, fmt, ranges=ranges)
+
+
+def encode_trellis(
+    x: Float[Tensor, "*shape"],
+    fmt: Format,
+    weights: Float[Tensor, " columns"] | None = None,
+) -> PackedTensor:
+    """Quantize ``x`` to trellis codes where an error of column j costs ``weights[j]``; see ``trellis.encode``."""
+    found = cpu_trellis if cpu_trellis.takes(x) else trellis
+    return found.encode(x, fmt, weights)
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:

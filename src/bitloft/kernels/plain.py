@@ -23,6 +23,7 @@ from torch.nn.functional import embedding
 
 from bitloft.errors import KernelError
 from bitloft.formats import UNIT, Format
+from bitloft.kernels import trellis
 from bitloft.kernels.encoding import TILE, encode, unpack_zeros
 from bitloft.packed import PackedTensor, Rows, rows_of, scales_of, unpack_bits, unpack_halves
 
@@ -70,6 +71,8 @@ def decode_columns(
     fmt, width = packed.format, packed.shape[1]
     if fmt.family == "half":
         values = packed.codes.clone().view(torch.float16)[:, columns].to(dtype)  # a view may begin at an odd byte
+    elif fmt.family == "trellis":
+        values = trellis.levels_of(packed.codes, fmt.bits, dtype)[:, columns]
     else:
         levels = torch.tensor(levels_of(packed), dtype=dtype, device=packed.codes.device)
         values = levels[_codes_at(packed, columns).int()]
@@ -106,7 +109,10 @@ def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[
     fmt, columns = packed.format, packed.shape[-1]
     width = fmt.width(columns)
     codes = packed.codes[rows] if isinstance(rows, slice) else embedding(rows, packed.codes)  # refuses numbers below 0
-    values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
+    if fmt.family == "trellis":
+        values = trellis.levels_of(codes, fmt.bits, dtype)
+    else:
+        values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
     if fmt.group == UNIT or not values.numel():
         return values
     scales = scales_of(packed, rows, dtype)

@@ -3,9 +3,9 @@
     y += (x A^T) B^T       (A, B^T) = factors(), one module of parameters per linear
 
 ``Plain`` factors are their parameters. ``Coded`` ones are the components of a packed adapter, value = scale * level
-[code], trained at the size they have: each code has a latent number, whose nearest level is used, and the gradient
-passes the rounding as if it were not there (straight-through: Bengio et al., arXiv 1308.3432); scales move by a factor
-exp(t). Latents are in units of the levels, so that one step means the same for every component.
+[code], trained at the size they have: each code has a latent number, whose nearest level is used (of trellis codes the
+levels of the walk that is nearest to all latents of a component, found anew in every step), and the gradient passes the
+rounding as if it were not there (straight-through: Bengio et al., arXiv 1308.3432); scales move by a factor exp(t). Latents are in units of the levels, so that one step means the same for every component.
 
 Hooks, as AdapterBank has them and for its reasons. PEFT's layers would do for plain pairs alone, and rename weights.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bitloft.errors import OptionError
 from bitloft.formats import ROW, UNIT, Format
-from bitloft.kernels.ops import decode
+from bitloft.kernels.ops import decode, encode_trellis
 from bitloft.kernels.search import nearest
 from bitloft.packed import PackedTensor, pack_bits, pack_scales, unpack_halves
 from bitloft.solvers.adapter import PackedBlock
@@ -95,13 +95,20 @@ def _levels(packed: PackedTensor) -> Float[Tensor, "k width"]:
 
 def _packed(latent: Tensor, fmt: Format, scales: Tensor, exponent: Tensor) -> PackedTensor:
     columns = latent.shape[1]
+    if fmt.family == "trellis":
+        walked = encode_trellis(latent, Format(fmt.family, fmt.bits, UNIT))
+        return PackedTensor(fmt, (len(latent), columns), walked.codes, scales, exponent)
     codes = nn.functional.pad(_codes(latent.detach(), fmt), (0, fmt.width(columns) - columns))
     return PackedTensor(fmt, (len(latent), columns), pack_bits(codes, fmt.bits), scales, exponent)
 
 
 def _straight(latent: Float[Tensor, "k width"], fmt: Format) -> Float[Tensor, "k width"]:
     with torch.no_grad():
-        rounding = torch.tensor(fmt.levels)[_codes(latent, fmt).int()] - latent
+        if fmt.family == "trellis":
+            levels = decode(encode_trellis(latent, Format(fmt.family, fmt.bits, UNIT)))
+        else:
+            levels = torch.tensor(fmt.levels)[_codes(latent, fmt).int()]
+        rounding = levels - latent
     return latent + rounding
 
 

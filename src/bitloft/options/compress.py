@@ -13,7 +13,7 @@ from bitloft.options.fields import (
 )
 
 METHODS = {
-    "waterfill": ("bits", "quality", "distill"),
+    "waterfill": ("bits", "quality", "code", "distill"),
     "loraquant": ("high", "ratio", "split"),
     "rtn": ("high",),
     "sign": (),
@@ -21,7 +21,15 @@ METHODS = {
     "truncate": ("rank", "width"),
     "shrink": ("quality",),
 }
-DEFAULTS: dict[str, str | float | int] = {"bits": 0.8, "high": 2, "ratio": 0.8, "split": "svd", "rank": 1, "width": 16}
+DEFAULTS: dict[str, str | float | int] = {
+    "bits": 0.8,
+    "code": "trellis",
+    "high": 2,
+    "ratio": 0.8,
+    "split": "svd",
+    "rank": 1,
+    "width": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class CompressOptions:
     bits: float | None = option(None, "true bits per trained value, all files counted; for waterfill (default: 0.8)")
     quality: float | None = option(
         None, "in place of bits: the smallest size with a relative squared error of at most this; for waterfill, shrink"
+    )
+    code: str | None = option(
+        None,
+        "waterfill: trellis (neighbouring values share their choices) or scalar codes (Lloyd-Max levels; default: trellis)",
     )
     high: int | None = option(None, "bits of loraquant's leading components (2 or 3), of rtn and gptq (default: 2)")
     ratio: float | None = option(None, "energy share of the leading components; for loraquant (default: 0.8)")
@@ -56,7 +68,7 @@ class CompressOptions:
     def __post_init__(self) -> None:
         require_choices(method=(self.method, METHODS))
         used = METHODS[self.method]
-        for name in ("bits", "quality", "high", "ratio", "split", "rank", "width", "distill"):
+        for name in ("bits", "quality", "code", "high", "ratio", "split", "rank", "width", "distill"):
             ok = name in used or getattr(self, name) is None
             require(ok, f"{name} does not apply to method {self.method}; leave it out.")
         require(self.bits is None or self.quality is None, "bits and quality are two ways to choose a size; give one.")
@@ -69,7 +81,9 @@ class CompressOptions:
         require(self.high is None or self.high in highs, f"high is {self.high}; use {words}.")
         require(self.method != "shrink" or self.quality is not None, "shrink needs quality, the error to imitate.")
         require(self.ratio is None or 0 < self.ratio <= 1, f"ratio is {self.ratio}; use a share above 0, at most 1.")
-        require_choices(split=(self.split or "svd", ("svd", "norm", "random")))
+        require_choices(
+            split=(self.split or "svd", ("svd", "norm", "random")), code=(self.code or "trellis", ("trellis", "scalar"))
+        )
         require(self.width in (None, 8, 16), f"width is {self.width}; use 16 or 8.")
 
     @property

@@ -4,7 +4,8 @@
 
 With all but one factor fixed, the error is a quadratic in that factor with a diagonal Hessian: |a_i|^2 |t - b_i|^2 with
 the target t = (D - sum_{j != i} b_j a_j^T) a_i / |a_i|^2. So rounding t to the nearest level is the exact best move for
-b_i; for a_i the codes and their scale are searched for its target, and kept if they lose less. First a code is chosen
+b_i; for a_i the codes and their scale are searched for its target, and kept if they lose less. Trellis codes are walked
+towards the target on either side, and what a walk wants of the scale goes to a_i, which has one. First a code is chosen
 for each component alone; here each sees what the others left, and what stays out of the file altogether.
 
 Least squares with requantization (CALDERA) solves for all factors at once and rounds afterwards; one component at a
@@ -15,11 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitloft.formats import ROW, Format
 from bitloft.kernels import search
-from bitloft.kernels.ops import decode, encode
+from bitloft.kernels.ops import decode, encode, encode_trellis
 from bitloft.packed import PackedTensor, pack_bits, pack_halves, unpack_halves
 from bitloft.solvers.adapter import Components, PackedBlock
 from bitloft.solvers.feedback import fed_forward
+from bitloft.solvers.walks import fitted
 
 ROUNDS = 2  # of both sides; a third lowers the error by less than a thousandth
 
@@ -32,7 +35,7 @@ def refined(exact: Components, blocks: tuple[PackedBlock, ...], rounds: int = RO
     bt = [row for block in blocks for row in _rows(block.bt)]
     right, left = torch.cat([decode(row) for row in a]), torch.cat([decode(row) for row in bt])
     for _ in range(rounds):
-        _move_left(exact, right, left, bt)
+        _move_left(exact, right, left, a, bt)
         _move_right(exact, right, left, a)
     made, at = [], 0
     for block in blocks:
@@ -56,9 +59,13 @@ def _joined(like: PackedTensor, rows: list[PackedTensor]) -> PackedTensor:
 
 
 def _move_left(
-    exact: Components, right: Float[Tensor, "k columns"], left: Float[Tensor, "k out"], stored: list[PackedTensor]
+    exact: Components,
+    right: Float[Tensor, "k columns"],
+    left: Float[Tensor, "k out"],
+    scaled: list[PackedTensor],
+    stored: list[PackedTensor],
 ) -> None:
-    """Every b_i to the levels nearest to its target; ``left`` and ``stored`` change in place."""
+    """Every b_i to the levels nearest to its target, trellis codes with the scale of a_i; all change in place."""
     seen = exact.seen(right)
     gram = (seen @ seen.T).float()
     inner = ((seen @ exact.seen(exact.v).T * exact.s.double()) @ exact.u.double()).float()
@@ -67,9 +74,34 @@ def _move_left(
         if own <= 0:
             continue
         target = (left[i] + (inner[i] - gram[i] @ left) / own)[None]
-        codes = search.nearest(target, torch.ones(1, 1), packed.format.levels)
-        stored[i] = _coded(packed, codes, packed.scales)
-        left[i] = decode(stored[i])[0]
+        if packed.format.family != "trellis":
+            codes = search.nearest(target, torch.ones(1, 1), packed.format.levels)
+            stored[i] = _coded(packed, codes, packed.scales)
+            left[i] = decode(stored[i])[0]
+            continue
+        walked, grown, growth = _walked(target, packed, scaled[i])
+        if growth and float((target - growth * decode(walked)).square().sum()) < float(
+            (target - left[i]).square().sum()
+        ):
+            stored[i], scaled[i] = walked, grown
+            left[i], right[i] = decode(walked)[0], decode(grown)[0]
+            gram[i] *= growth
+            gram[:, i] *= growth
+            inner[i] *= growth
+
+
+def _walked(
+    target: Float[Tensor, "1 out"], packed: PackedTensor, scaled: PackedTensor
+) -> tuple[PackedTensor, PackedTensor, float]:
+    """Codes of ``target`` without a scale, ``scaled`` with theirs on top of its own, and by how much that grew."""
+    fmt = packed.format
+    found = encode_trellis(target, Format(fmt.family, fmt.bits, ROW))
+    before = unpack_halves(scaled.scales, scaled.exponent)
+    scales = pack_halves(before * unpack_halves(found.scales, found.exponent), scaled.exponent)
+    after = unpack_halves(scales, scaled.exponent)
+    growth = float(after / before) if float(before) and bool(torch.isfinite(after)) else 0.0
+    walked = PackedTensor(fmt, packed.shape, found.codes, packed.scales, packed.exponent)
+    return walked, PackedTensor(scaled.format, scaled.shape, scaled.codes, scales, scaled.exponent), growth
 
 
 def _move_right(
@@ -93,9 +125,10 @@ def _move_right(
 
 def _searched(exact: Components, target: Float[Tensor, "1 columns"], packed: PackedTensor) -> PackedTensor:
     """The codes of ``target`` with the scale of least error in the metric."""
-    found = encode(target, packed.format)
+    trellis = packed.format.family == "trellis"
+    found = fitted(target, packed.format, exact.root) if trellis else encode(target, packed.format)
     scale = unpack_halves(found.scales, found.exponent)
-    if exact.root is not None:
+    if exact.root is not None and not trellis:
         found = fed_forward(target, found, exact.root)
     levels = torch.where(scale > 0, decode(found) / scale, 0.0)
     x, y = exact.seen(target), exact.seen(levels)

@@ -2,11 +2,11 @@
 
     s*B*A = sum_i s_i u_i v_i^T  ~  sum_i (s_i g_i) c_i^u (c_i^v)^T
 
-c^u, c^v are codes on Lloyd-Max levels (signs at one bit). A rank-1 product needs one scale only, so A stores fp16
+c^u, c^v are trellis codes (or scalar ones: Lloyd-Max levels, signs at one bit). A rank-1 product needs one scale only, so A stores fp16
 s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) / (c^u.c^u c^v.c^v) is the least-squares choice, and the
 error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is known before anything is packed. Bits then go wherever they
 lower the error most per byte, jumps over widths included (the lower convex hull of each component's error curve). Where
-the components carry an input metric, cosines and errors of the v side are taken in it.
+the components carry an input metric, codes, cosines and errors of the v side are taken in it.
 
 The alternative not taken, a share of the budget per matrix, ignores that the spectra of real adapters are steep and
 differ tenfold between matrices: measured on trained adapters, one budget for all is where most of the gain comes from.
@@ -23,17 +23,21 @@ from bitloft.formats import ROW, UNIT, Format
 from bitloft.kernels.ops import decode, encode
 from bitloft.packed import PackedTensor, pack_scales
 from bitloft.solvers.adapter import Components, PackedBlock
+from bitloft.solvers.walks import fitted
 
 WIDTHS = (1, 2, 3, 4)
 # Choices of a stored component: bits of A and of B^T. The short side of a module may take one bit more than the long
 # one, where a bit costs less: 3 to 4 % less error at equal bytes on a trained adapter (docs/decisions.md). Choice 0
 # stores nothing, choice c > 0 is CHOICES[c - 1].
 CHOICES = (*((w, w) for w in WIDTHS), (1, 2), (2, 1), (2, 3), (3, 2), (3, 4), (4, 3))
+SHORT = 32  # values of a row below which a trellis, all ends, is worse than a scalar code
 SCALE_BYTES = 2  # one fp16 scale per stored component
 
 
-def code_format(bits: int, group: int) -> Format:
-    """Signs at one bit, Lloyd-Max levels above."""
+def code_format(bits: int, group: int, kind: str = "trellis") -> Format:
+    """Trellis codes; ``scalar``: signs at one bit, Lloyd-Max levels above."""
+    if kind == "trellis":
+        return Format("trellis", bits, group)
     return Format("sign", 1, group) if bits == 1 else Format("lm", bits, group)
 
 
@@ -49,11 +53,12 @@ class Coded:
     costs: tuple[int, ...]
 
 
-def code(exact: Components) -> Coded:
-    """Codes of both sides at 1 to 4 bits; scales, squared errors and costs in bytes of every choice of two of them."""
+def code(exact: Components, kind: str = "trellis") -> Coded:
+    """Codes of both sides at 1 to 4 bits, ``kind`` "trellis" or "scalar"; scales, squared errors and costs in bytes of
+    every choice of two of them."""
     energy = exact.s.double().square()
-    a = tuple(_unit_codes(exact.v, bits) for bits in WIDTHS)
-    bt = tuple(_unit_codes(exact.u, bits) for bits in WIDTHS)
+    a = tuple(_unit_codes(exact.v, bits, kind, exact.root) for bits in WIDTHS)
+    bt = tuple(_unit_codes(exact.u, bits, kind, None) for bits in WIDTHS)
     fit_a = [_fit(exact.seen(exact.v), exact.seen(decode(codes))) for codes in a]
     fit_bt = [_fit(exact.u.double(), decode(codes).double()) for codes in bt]
     scales, errors, costs = [], [energy], [0]
@@ -67,12 +72,14 @@ def code(exact: Components) -> Coded:
     return Coded(a, bt, torch.stack(scales), torch.stack(errors), tuple(costs))
 
 
-def _unit_codes(x: Float[Tensor, "rank columns"], bits: int) -> PackedTensor:
-    """The codes that fit each row best at its best scale, kept without that scale."""
-    best = encode(x, code_format(bits, ROW))
-    return PackedTensor(
-        code_format(bits, UNIT), best.shape, best.codes, best.scales[:, :0], torch.zeros_like(best.exponent)
-    )
+def _unit_codes(
+    x: Float[Tensor, "rank columns"], bits: int, kind: str, root: Float[Tensor, "columns columns"] | None
+) -> PackedTensor:
+    """The codes that fit each row best at its best scale, kept without that scale; scalar ones for a SHORT side."""
+    fmt = code_format(bits, ROW, kind if x.shape[1] >= SHORT else "scalar")
+    best = fitted(x, fmt, root) if fmt.family == "trellis" else encode(x, fmt)
+    bare = Format(fmt.family, fmt.bits, UNIT)
+    return PackedTensor(bare, best.shape, best.codes, best.scales[:, :0], torch.zeros_like(best.exponent))
 
 
 def _fit(
@@ -157,6 +164,6 @@ def _block(coded: Coded, choice: int, index: Tensor, scales: Tensor, exponent: T
     bits_a, bits_bt = CHOICES[choice - 1]
     a, bt, count = coded.a[bits_a - 1], coded.bt[bits_bt - 1], index.numel()
     return PackedBlock(
-        PackedTensor(code_format(bits_a, ROW), (count, a.shape[1]), a.codes[index], scales, exponent),
+        PackedTensor(Format(a.format.family, bits_a, ROW), (count, a.shape[1]), a.codes[index], scales, exponent),
         PackedTensor(bt.format, (count, bt.shape[1]), bt.codes[index], bt.scales[index], bt.exponent),
     )

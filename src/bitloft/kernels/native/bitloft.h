@@ -26,6 +26,7 @@ enum {
   BL_HALF = 1,     /* codes are fp16 values; no level table */
   BL_DQ = 2,       /* scales are 8-bit codes: low[b] + step[b] * code, b = (row * groups + group) / 256 */
   BL_TENSOR = 4,   /* one scale and one shift for the whole matrix */
+  BL_TRELLIS = 16, /* codes are those of trellis.hpp, `bits` planes a row; no levels, at most one scale a row */
   BL_ARRANGED = 8, /* codes (and scales, zeros, shifts) of every 64 rows are interleaved: see arrange.cpp */
 };
 
@@ -86,6 +87,12 @@ enum {
  * BL_TENSOR matrix, whose stored scale and shift are left to the caller; else NULL. Returns 1 where a value is NaN or
  * infinite. Bytes depend neither on the instruction set nor on `threads`. */
 BL_API int bl_encode(const float *x, int64_t values, const bl_matrix *out, int rule, const float *given, int threads);
+
+/* Trellis codes of x [rows, columns], contiguous, in `bits` planes of whole bytes a row. With `scales` each row has one,
+ * written there; without, rows are coded as they are. `weights` [columns]: what an error of each column costs; NULL: all alike. Returns 1
+ * where a value is NaN or infinite. Bytes depend neither on the instruction set nor on `threads`. */
+BL_API int bl_encode_trellis(const float *x, const float *weights, int64_t rows, int64_t columns, int32_t bits,
+                             uint8_t *codes, int64_t codes_bytes, float *scales, int threads);
 
 /* Numbers of `count` rows, [count, columns] of `dtype`, contiguous: of those listed in `rows`, or of all (NULL). Rounded
  * to the dtype after each step, as torch does. Returns 1 (with a sentence) for a row that does not exist. */

@@ -15,7 +15,9 @@ struct Block {
 };
 
 // Whether the rows of a matrix fill whole units, so that sixty-four of them can trade places in the same memory.
-inline bool can_arrange(const bl_matrix& m) { return m.bits <= 4 && m.width % (m.bits == 3 ? 32 : 32 / m.bits) == 0; }
+inline bool can_arrange(const bl_matrix& m) {
+  return m.bits <= 4 && !(m.flags & BL_TRELLIS) && m.width % (m.bits == 3 ? 32 : 32 / m.bits) == 0;
+}
 
 // Whether its scales are arranged with the codes: those that are plain halves, one or more for a row.
 inline bool scales_arranged(const bl_matrix& m) { return m.groups > 0 && !(m.flags & (BL_DQ | BL_TENSOR)); }

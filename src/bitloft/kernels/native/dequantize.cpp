@@ -19,7 +19,7 @@ constexpr int64_t BATCH = 1 << 15;  // values that a thread takes at once
 struct Levels {
   float v[16] = {};
   explicit Levels(const bl_matrix& m) {
-    for (int i = 0; m.bits <= 4 && i < 1 << m.bits; ++i) v[i] = m.learned != nullptr ? half_number(m.learned[i]) : m.levels[i];
+    for (int i = 0; m.bits <= 4 && !(m.flags & BL_TRELLIS) && i < 1 << m.bits; ++i) v[i] = m.learned != nullptr ? half_number(m.learned[i]) : m.levels[i];
   }
 };
 

@@ -6,6 +6,7 @@
 #include "dequantize.hpp"
 
 #include "lanes.hpp"
+#include "trellis.hpp"
 
 namespace bl::BL_ISA {
 namespace {
@@ -155,8 +156,25 @@ void dequantize_bits(const bl_matrix& m, const float* table, int64_t row, SINK& 
   }
 }
 
+// Trellis codes have one scale a row or none; a chunk is made whole, and what lies beyond the columns is not put.
+template <class SINK>
+void dequantize_trellis(const bl_matrix& m, int64_t row, SINK& sink) {
+  constexpr int DTYPE = SINK::dtype;
+  const int64_t bytes = m.width / 8;
+  const Group group = Groups(m, row).at(0);
+  alignas(64) int8_t levels[64];
+  for (int64_t j = 0; j < m.columns; j += 16) {
+    if (j % 64 == 0) trellis_levels(m.bits, m.codes + row * bytes * m.bits, bytes, j / 64, levels);
+    const int64_t count = m.columns - j < 16 ? m.columns - j : 16;
+    const Lanes level = multiply(load_levels(levels + j % 64), all(LEVEL_UNIT));  // eight bits: exact in every dtype
+    const Lanes value = affine<DTYPE>(level, group);
+    count == 16 ? sink.put(j, value) : sink.put_some(j, count, value);
+  }
+}
+
 template <class SINK>
 void dequantize_to(const bl_matrix& m, const float* levels, int64_t row, SINK& sink) {
+  if (m.flags & BL_TRELLIS) return dequantize_trellis(m, row, sink);
   switch (m.bits) {
     case 1: return dequantize_bits<1>(m, levels, row, sink);
     case 2: return dequantize_bits<2>(m, levels, row, sink);

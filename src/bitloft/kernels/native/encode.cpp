@@ -232,8 +232,8 @@ class Encoder {
 };
 
 int refuse(const bl_matrix& m, int rule, const float* given, int64_t values) {
-  if ((m.flags & (BL_HALF | BL_ARRANGED)) != 0 || m.bits == 16)
-    return fail("encode writes codes in the order of the file, and no half precision.");
+  if ((m.flags & (BL_HALF | BL_ARRANGED | BL_TRELLIS)) != 0 || m.bits == 16)
+    return fail("encode writes codes in the order of the file, and no half precision or trellis.");
   if (rule < BL_GIVEN || rule > BL_RANGE_SEARCHED) return fail("encode has no rule %d for scales.", rule);
   const bool uniform = rule == BL_RANGE || rule == BL_RANGE_SEARCHED, levels = !uniform;
   if (uniform && (m.bits < 2 || m.bits > 4)) return fail("encode has no even grid of %d bits.", m.bits);

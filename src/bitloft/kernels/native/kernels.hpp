@@ -22,6 +22,7 @@ struct ScaleBlock;
 struct DequantizeRow;
 struct ResidualRow;
 struct Attention;
+struct TrellisRow;
 
 struct Kernels {
   const char* name;
@@ -40,6 +41,7 @@ struct Kernels {
   void (*encode_groups)(GroupTile&);
   void (*encode_halves)(const Halves&);
   void (*encode_scale_block)(const ScaleBlock&);
+  void (*encode_trellis)(TrellisRow&);
   void (*dequantize_row)(const DequantizeRow&);
   void (*residual_row)(const ResidualRow&);
   void (*keep)(const Attention&);

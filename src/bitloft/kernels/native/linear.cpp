@@ -280,7 +280,7 @@ int check_call(const bl_input& x, const bl_product* products, int64_t count) {
 }  // namespace
 
 bool multiplies(const bl_matrix& m) {
-  return m.bits <= 4 && (m.groups <= 1 || m.group % unit_columns(m.bits) == 0);
+  return m.bits <= 4 && !(m.flags & BL_TRELLIS) && (m.groups <= 1 || m.group % unit_columns(m.bits) == 0);
 }
 
 }  // namespace bl

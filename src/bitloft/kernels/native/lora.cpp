@@ -10,18 +10,20 @@
 #include "kernels.hpp"
 #include "lanes.hpp"
 #include "lora.hpp"
+#include "trellis.hpp"
 
 namespace bl::BL_ISA {
 namespace {
 
 constexpr int PIECES = LORA_CHUNK / 16;
 
-// How the rows of a factor are stored; the first four are also their bits.
-enum Code { SIGN = 1, TWO = 2, THREE = 3, FOUR = 4, BYTE = 8, HALF = 16, BRAIN = 17, SINGLE = 32, ANY = 33 };
+// How the rows of a factor are stored; the first four are also their bits, and so are trellis codes above TRELLIS.
+enum Code { SIGN = 1, TWO = 2, THREE = 3, FOUR = 4, BYTE = 8, HALF = 16, BRAIN = 17, SINGLE = 32, ANY = 33, TRELLIS = 40 };
 
 template <int CODE>
 constexpr int64_t chunk_bytes() {  // of the plane that holds most
   if (CODE == THREE) return LORA_CHUNK / 4;
+  if (CODE > TRELLIS) return LORA_CHUNK / 8;
   if (CODE < BYTE) return LORA_CHUNK * CODE / 8;
   return CODE == BYTE ? LORA_CHUNK : CODE == HALF || CODE == BRAIN ? LORA_CHUNK * 2 : LORA_CHUNK * 4;
 }
@@ -108,9 +110,10 @@ struct Source {
   explicit Source(const bl_factor& factor) : matrix(factor.packed), levels(Levels<CODE>::of(factor)) {
     const int64_t width = matrix != nullptr ? matrix->width : factor.columns;
     codes = matrix != nullptr ? matrix->codes : static_cast<const uint8_t*>(factor.plain);
+    plane_bytes = width / 8;
     row_bytes = matrix != nullptr ? width * matrix->bits / 8 : width * (CODE == SINGLE ? 4 : 2);
     third = width / 4;
-    unit = matrix != nullptr && matrix->groups > 0 ? ldexpf(1.0f, *matrix->exponent) : 1.0f;
+    unit = matrix != nullptr && matrix->groups > 0 ? ldexpf(CODE > TRELLIS ? LEVEL_UNIT : 1.0f, *matrix->exponent) : 1.0f;
     scaled = matrix != nullptr && CODE != ANY && matrix->groups > 0;
     shifted = scaled && matrix->zeros != nullptr;
     chunks = padded(factor.columns) / LORA_CHUNK;  // the factor's own padding may go further
@@ -127,7 +130,7 @@ struct Source {
   // As in Group, which would be a fifth of the time where a group is two chunks long.
   inline __attribute__((always_inline)) float scale(int64_t row, int64_t group) const {
     if (direct) return half_value(load16(halves + 2 * (row * groups + group))) * unit;
-    return scaled ? Group(*matrix, row, group).scale * unit : 1.0f;
+    return scaled ? Group(*matrix, row, group).scale * unit : CODE > TRELLIS ? LEVEL_UNIT : 1.0f;
   }
 
   inline __attribute__((always_inline)) float zero(int64_t row, int64_t group) const {
@@ -139,7 +142,7 @@ struct Source {
   typename Levels<CODE>::type levels;
   const uint8_t* codes;
   const uint8_t* halves;
-  int64_t row_bytes, third, chunks, whole, per_group, rest, groups, zero_bits, zero_bytes;
+  int64_t row_bytes, plane_bytes, third, chunks, whole, per_group, rest, groups, zero_bits, zero_bytes;
   float unit;
   bool scaled, shifted, direct;
 };
@@ -154,10 +157,14 @@ float level_at(const bl_matrix& m, const uint8_t* codes, int64_t at) {
 // A chunk of any matrix, value by value: for groups that are no multiple of a chunk.
 __attribute__((noinline)) void decode(const bl_matrix& m, int64_t row, int64_t chunk, float* values) {
   const uint8_t* codes = m.codes + row * (m.width * m.bits / 8);
+  alignas(64) int8_t levels[LORA_CHUNK];
+  const bool trellis = (m.flags & BL_TRELLIS) != 0;
+  if (trellis && chunk * LORA_CHUNK < m.width) trellis_levels(m.bits, codes, m.width / 8, chunk, levels);
   for (int64_t j = 0; j < LORA_CHUNK; ++j) {
     const int64_t at = chunk * LORA_CHUNK + j;
     const Group g(m, row, at < m.width ? at / m.group : 0);
-    const float value = at < m.width ? (level_at(m, codes, at) - g.zero) * g.scale + g.shift : 0.0f;
+    const float level = at >= m.width ? 0.0f : trellis ? static_cast<float>(levels[j]) * LEVEL_UNIT : level_at(m, codes, at);
+    const float value = at < m.width ? (level - g.zero) * g.scale + g.shift : 0.0f;
     values[j] = m.groups > 0 ? ldexpf(value, *m.exponent) : value;
   }
 }
@@ -166,6 +173,12 @@ __attribute__((noinline)) void decode(const bl_matrix& m, int64_t row, int64_t c
 // every one that is decoded first. `take(j, values)` gets its four pieces.
 template <int CODE, class F>
 inline __attribute__((always_inline)) void take_chunk(const Source<CODE>& from, int64_t row, int64_t i, const typename Levels<CODE>::type& levels, F&& take) {
+  if constexpr (CODE > TRELLIS) {
+    alignas(64) int8_t found[LORA_CHUNK];
+    trellis_levels<CODE - TRELLIS>(from.codes + row * from.row_bytes, from.plane_bytes, i, found);
+    for (int j = 0; j < PIECES; ++j) take(j, load_levels(found + 16 * j));
+    return;
+  }
   alignas(64) uint8_t copy[LORA_CHUNK * 4], third[LORA_CHUNK / 8];
   const uint8_t* codes = from.codes + row * from.row_bytes + i * chunk_bytes<CODE>();
   const uint8_t* plane = from.codes + row * from.row_bytes + from.third + i * (LORA_CHUNK / 8);
@@ -258,7 +271,7 @@ int code_of(const bl_factor& factor) {
   const bool whole = m.groups <= 1 || m.group % LORA_CHUNK == 0;
   const bool near = m.groups == 0 || (*m.exponent >= -EXPONENTS && *m.exponent <= EXPONENTS);
   if (!whole || !near || m.shifts != nullptr) return ANY;
-  return m.bits;
+  return (m.flags & BL_TRELLIS ? TRELLIS : 0) + m.bits;
 }
 
 template <int ROWS, template <int> class CALL, class... ARGUMENTS>
@@ -272,6 +285,10 @@ void by_code(int code, ARGUMENTS&&... arguments) {
     case HALF: return CALL<HALF>::template run<ROWS>(arguments...);
     case BRAIN: return CALL<BRAIN>::template run<ROWS>(arguments...);
     case SINGLE: return CALL<SINGLE>::template run<ROWS>(arguments...);
+    case TRELLIS + 1: return CALL<TRELLIS + 1>::template run<ROWS>(arguments...);
+    case TRELLIS + 2: return CALL<TRELLIS + 2>::template run<ROWS>(arguments...);
+    case TRELLIS + 3: return CALL<TRELLIS + 3>::template run<ROWS>(arguments...);
+    case TRELLIS + 4: return CALL<TRELLIS + 4>::template run<ROWS>(arguments...);
     default: return CALL<ANY>::template run<ROWS>(arguments...);
   }
 }

@@ -37,7 +37,10 @@ int check(const bl_matrix* matrix) {
     return fail("a packed matrix has %lld bytes of shifts.", (long long)m.shifts_bytes);
   if (dq && (m.range_bytes != (scaled + 255) / 256 * 2 || (scaled > 0 && (m.low == nullptr || m.step == nullptr))))
     return fail("a packed matrix has %lld bytes of scale ranges.", (long long)m.range_bytes);
-  if (m.exponent == nullptr || (!half && m.levels == nullptr && m.learned == nullptr))
+  const bool trellis = (m.flags & BL_TRELLIS) != 0;
+  if (trellis && (m.bits > 4 || (m.flags & ~BL_TRELLIS) != 0 || m.groups > 1 || m.zeros != nullptr || m.shifts != nullptr || m.learned != nullptr))
+    return fail("no trellis codes have %d bits, flags %d or %lld scales a row.", m.bits, m.flags, (long long)m.groups);
+  if (m.exponent == nullptr || (!half && !trellis && m.levels == nullptr && m.learned == nullptr))
     return fail("a packed matrix lacks its exponent or its levels.");
   return 0;
 }

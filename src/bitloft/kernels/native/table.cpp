@@ -29,6 +29,7 @@ void lora_tile(const LoraTile& tile);
 void encode_groups(GroupTile& tile);
 void encode_halves(const Halves& job);
 void encode_scale_block(const ScaleBlock& job);
+void encode_trellis(TrellisRow& row);
 void dequantize_row(const DequantizeRow& job);
 void residual_row(const ResidualRow& job);
 void keep(const Attention& job);
@@ -56,6 +57,7 @@ const Kernels BL_TABLE(BL_ISA) = {
     .encode_groups = BL_ISA::encode_groups,
     .encode_halves = BL_ISA::encode_halves,
     .encode_scale_block = BL_ISA::encode_scale_block,
+    .encode_trellis = BL_ISA::encode_trellis,
     .dequantize_row = BL_ISA::dequantize_row,
     .residual_row = BL_ISA::residual_row,
     .keep = BL_ISA::keep,
