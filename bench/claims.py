@@ -27,13 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
 import harness  # noqa: E402
-from claims_grid.page import figures, page, put, show  # noqa: E402
+from claims_grid.page import explained, figures, page, put, show  # noqa: E402
 from claims_grid.probes import PROBES  # noqa: E402
 from claims_grid.work import Table, Work, about  # noqa: E402
 
 from bitloft.options.recipe import recipe_of  # noqa: E402
 
-CLAIMS, PAGE = ROOT / "bench" / "claims.toml", ROOT / "docs" / "benchmarks.md"
+CLAIMS, NOTES = ROOT / "bench" / "claims.toml", ROOT / "bench" / "claims_notes.toml"
+PAGE = ROOT / "docs" / "benchmarks.md"
 SAME = 2e-3  # by which a number measured anew may differ: threads and load leave the last digits to chance
 Step = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 
@@ -83,7 +84,9 @@ def run(given: argparse.Namespace, table: dict[str, Any], mode: str, cells: harn
     found = figures(table, Table(cells).series)
     show(found)
     if given.write:
-        put(PAGE, page(found, sum(1 for _ in cells)))
+        notes = tomllib.loads(NOTES.read_text(encoding="utf-8"))["notes"]
+        figure = Table(cells).figure
+        put(PAGE, page(found, sum(1 for _ in cells), {n: explained(text, figure) for n, text in notes.items()}))
     shape = {
         "cells": sum(1 for _ in cells),
         "planned": len(steps),

@@ -92,12 +92,15 @@ def test_the_page_is_put_between_its_markers(tmp_path: Path) -> None:
         {"kind": "within", "model": "m", "metric": "x", "row": "r", "margin": [0, 2]}]}], "shows": []}  # fmt: skip
     found = page.figures(table, lambda model, row, metric: {"0": 1.0})
     assert (found["decided"], found["holds"], found["not_measured"]) == (1, 1, [])
-    page.put(file, page.page(found, 1))
+    page.put(file, page.page(found, 1, {}))
     text = file.read_text()
     assert text.startswith("a\n")
     assert text.endswith("b\n")
     assert "1 of 1 claims decided: 1 hold" in text
     assert "former" not in text
+    failing = page.figures(table, lambda model, row, metric: {"0": 3.0})
+    assert "- **1** why 3" in page.page(failing, 1, {"1": "why 3"})
+    assert page.explained("{m: a b|x} and {m: c|y}", lambda m, row, x: 0.5 if row == "a b" else None) == "0.5 and ?"
     none = page.figures(table, lambda model, row, metric: None)
     assert (none["decided"], none["not_measured"]) == (0, [1])
     with pytest.raises(ValueError, match="has no <!-- claims:begin"):

@@ -1,6 +1,7 @@
 """The verdicts as JSON, as a terminal's table and as the tables of docs/benchmarks.md."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,18 @@ def _rows(claim: Mapping[str, Any]) -> list[list[object]]:
     ]
 
 
-def page(found: Mapping[str, Any], cells: int) -> str:
-    """Markdown between the markers."""
+def explained(note: str, figure: Callable[[str, str, str], float | None]) -> str:
+    """A note with {model: row|figure} filled in from the cells; "?" where there is no such figure."""
+
+    def value(match: re.Match[str]) -> str:
+        known = figure(match[1], match[2], match[3])
+        return "?" if known is None else f"{known:.4g}"
+
+    return re.sub(r"\{(\w+): ([^|}]+)\|(\w+)\}", value, note)
+
+
+def page(found: Mapping[str, Any], cells: int, notes: Mapping[str, str]) -> str:
+    """Markdown between the markers; ``notes`` are said of claims that do not hold."""
     counts = ", ".join(
         f"{found[name]} {word}" for name, word in (("holds", "hold"), ("ties", "tie"), ("fails", "fail"))
     )
@@ -88,6 +99,8 @@ def page(found: Mapping[str, Any], cells: int) -> str:
         lines += [
             f"| | | {part['asks']} | {_value(part)} | {part['pairs']} | {part['outcome']} |" for part in claim["parts"]
         ]
+    said = [c for c in found["claims"] if c["outcome"] in (FAILS, TIES) and str(c["number"]) in notes]
+    lines += ["", *(f"- **{claim['number']}** {notes[str(claim['number'])]}" for claim in said)] if said else []
     return "\n".join(lines)
 
 

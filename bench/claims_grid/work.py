@@ -121,3 +121,9 @@ class Table:
             elif value is not None:
                 values[str(cell["key"]["seed"])] = value
         return values or None
+
+    def figure(self, model: str, row: str, name: str) -> float | None:
+        """The mean over a row's cells of a metric or of another figure; None where none has it."""
+        cells = self._found.get((model, row), ())
+        values = [v for cell in cells if (v := cell["metrics"].get(name, cell.get(name))) is not None]
+        return sum(values) / len(values) if values else None
