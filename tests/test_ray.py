@@ -1,5 +1,6 @@
 """integrations/ray.py: every item once, a killed worker costs its item, and one sentence for whatever goes wrong."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -46,6 +47,19 @@ def test_every_item_comes_back_once_from_prepared_processes(ray_cluster: None, t
     assert os.getpid() not in processes
     assert all(len((tmp_path / item).read_text().splitlines()) == 1 for item in items)
     assert list(spread(Cluster(), prepared, (str(tmp_path),), worked, [])) == []
+
+
+def alone(place: Path, item: str) -> tuple[float, float]:
+    """When an item began and ended."""
+    began = time.time()
+    time.sleep(0.3)
+    return began, time.time()
+
+
+def test_no_more_tasks_run_than_workers_are_asked_for(ray_cluster: None, tmp_path: Path) -> None:
+    """One worker on a cluster of two processors: no two items overlap."""
+    spans = sorted(span for _, span in spread(Cluster(workers=1), prepared, (str(tmp_path),), alone, ["a", "b", "c"]))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
 def test_a_killed_worker_costs_only_its_item(ray_cluster: None, tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ import torch
 from bitloft.checkpoint import replace_text
 from bitloft.compress import compress
 from bitloft.errors import KernelError, OptionError
+from bitloft.factors import Pair, write_lora
 from bitloft.footprint import random_llama
 from bitloft.integrations.decoder import Decoder, reason
 from bitloft.integrations.loading import load
-from bitloft.integrations.peft import fresh_adapter, save_adapter
+from bitloft.integrations.peft import fresh_adapter
 from bitloft.options import PlanOptions
 from bitloft.quantize import quantize
 from bitloft.tasks.lm import target_losses
@@ -42,6 +43,9 @@ KINDS = ("quantize", "train", "compress", "prefill", "decode")
 # hidden, intermediate, layers, vocabulary of what is measured: widths, depth and head vary one by one
 MODELS = ((128, 256, 1, 512), (256, 768, 4, 512), (576, 1536, 1, 512), (576, 1536, 2, 8192))
 SMALL = ((64, 128, 1, 128), (128, 256, 2, 256))  # the same in a second, for tests of the way and not of the figures
+# modules, rows and columns of the adapters that are packed
+ADAPTERS = ((8, 576, 576), (28, 576, 1536), (56, 576, 576), (14, 1024, 2816))
+SMALL_ADAPTERS = ((2, 64, 64), (4, 64, 96))
 ROWS = (1, 8)  # of a decoding step
 
 
@@ -170,9 +174,10 @@ def _of_format(options: PlanOptions, fmt: str, place: Path, models: Sequence[tup
         rest = report.seconds - sum(matrix.seconds for matrix in report.matrices)
         rows["quantize"].append(({"runs": 1.0, "bytes": float(report.source_bytes)}, rest))
         sizes = _sizes(shape, report.weights)
-        adapted = _trained(base, options, min(options.adapter_rank, min(shape[:2]) // 2), sizes, rows["train"])
-        rows["compress"].append(_compressed(adapted, place / f"plain{number}", place / f"packed{number}", options))
+        _trained(base, options, min(options.adapter_rank, min(shape[:2]) // 2), sizes, rows["train"])
         _served(base, sizes, rows["prefill"], rows["decode"])
+    for number, adapter in enumerate(ADAPTERS if models is MODELS else SMALL_ADAPTERS):
+        rows["compress"].append(_compressed(adapter, place / f"adapter{number}", options))
     asked = settings(options, fmt)
     return [Rates(kind, asked[kind], fitted(found)) for kind, found in rows.items() if found]
 
@@ -184,8 +189,8 @@ def _sizes(shape: tuple[int, int, int, int], weights: int) -> dict[str, float]:
 
 def _trained(
     base: Path, options: PlanOptions, rank: int, sizes: Mapping[str, float], rows: list[tuple[dict[str, float], float]]
-) -> Any:
-    """Time optimizer steps as ``train`` takes them; the adapted model."""
+) -> None:
+    """Time optimizer steps as ``train`` takes them."""
     length = min(options.length, 256)
     model = fresh_adapter(load(base, arrange=False), rank=rank, alpha=rank).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -205,26 +210,29 @@ def _trained(
     tokens = float(ids.numel())
     features = {f"{name}_tokens": value * tokens for name, value in sizes.items()} | {"layers": sizes["layers"]}
     rows.append((features, _median(step, 3)))
-    return model
 
 
-def _compressed(model: Any, plain: Path, packed: Path, options: PlanOptions) -> tuple[dict[str, float], float]:
-    """Time packing an adapter of the spectra that trained ones have: falling by a tenth over the rank."""
+def _compressed(shape: tuple[int, int, int], place: Path, options: PlanOptions) -> tuple[dict[str, float], float]:
+    """Time packing a made-up adapter (modules, rows, columns) whose spectra fall tenfold, as trained ones do."""
     generator = torch.Generator().manual_seed(0)
-    modules = values = 0
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            drawn = torch.randn(parameter.shape, generator=generator)
-            steep = torch.logspace(0, -1, min(parameter.shape))
-            parameter.data = drawn * (steep[:, None] if "lora_A" in name else 0.01)
-            modules, values = modules + ("lora_A" in name), values + parameter.numel()
-    plain.mkdir()
-    save_adapter(model, plain, base="measured", record={"base": None, "source": None, "start": "frozen"})
-    bits = max(options.adapter_bits, 40_000 * 8 / values)  # a tiny adapter's names take more than its bits allow
+    modules, rows, columns = shape
+    rank = options.adapter_rank
+    steep = torch.logspace(0, -1, rank)[:, None]
+    pairs = {
+        f"model.layers.{i}.self_attn.q_proj": Pair(
+            torch.randn(rank, columns, generator=generator) * steep, torch.randn(rows, rank, generator=generator) * 0.01
+        )
+        for i in range(modules)
+    }
+    values = modules * rank * (rows + columns)
+    write_lora(place / "plain", pairs, base_name="measured")
+    bits = max(
+        options.adapter_bits, 8 * 8000 / values
+    )  # names and sums of a tiny adapter take more than its bits allow
     usual = torch.get_num_threads()
     torch.set_num_threads(1)  # as bulk compressing runs
     try:
-        report = compress(plain, packed, bits=bits)
+        report = compress(place / "plain", place / "packed", bits=bits)
     finally:
         torch.set_num_threads(usual)
     return {"adapters": 1.0, "modules": float(modules), "values": float(values)}, report.seconds

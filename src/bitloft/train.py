@@ -109,29 +109,30 @@ def train(
     with distributed.first_alone(), _output(out, overwrite=overwrite) as directory:
         made = {"base": record.fingerprint, "source": record.source, "start": options.start}
         config = save_adapter(adapted, directory, base=str(base), record=made)
+        shape = (config.r, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        ran = _ran(trainer, shown, resumed, seconds)
         report = TrainReport(
-            out=str(out),
-            base=str(base),
-            start=options.start,
-            rank=config.r,
-            scaling=config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r),
-            parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-            data=cut,
-            steps=trainer.state.global_step,
-            epochs=float(trainer.state.epoch or 0.0),
-            first_loss=shown.history[0][1],
-            last_loss=shown.history[-1][1],
-            history=tuple(shown.history),
-            dtype=precision.name,
-            dtype_why=precision.why,
-            resumed_from=None if resumed is None else step_of(resumed),
-            seconds=seconds,
-            seconds_per_step=seconds / max(shown.steps_here, 1),
+            str(out), str(base), options.start, *shape, count, cut, dtype=precision.name, dtype_why=precision.why, **ran
         )
         write_json(directory / REPORT, report.to_dict())
     if first:
         shutil.rmtree(work)
     return report
+
+
+def _ran(trainer: SafeTrainer, shown: Progress, resumed: Path | None, seconds: float) -> dict[str, Any]:
+    """What the report says of the run itself."""
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": float(trainer.state.epoch or 0.0),
+        "first_loss": shown.history[0][1],
+        "last_loss": shown.history[-1][1],
+        "history": tuple(shown.history),
+        "resumed_from": None if resumed is None else step_of(resumed),
+        "seconds": seconds,
+        "seconds_per_step": seconds / max(shown.steps_here, 1),
+    }
 
 
 @contextmanager

@@ -159,11 +159,13 @@ def spread(
             scheduling_strategy="SPREAD",
         )
         job = ray.put((key or uuid4().hex, versions(), prepare, setup, work))
-        workers = cluster.workers or max(int(ray.cluster_resources().get("CPU", 1)) // cluster.threads, 1)
+        most = max(int(ray.cluster_resources().get("CPU", 1)) // cluster.threads, 1)
+        workers = cluster.workers or most
+        window = workers if workers < most else 2 * workers  # a task in hand for each, where Ray would not begin it
         waiting: dict[Any, Item] = {}
         queue = iter(items)
         while True:
-            while len(waiting) < 2 * workers and (item := next(queue, _END)) is not _END:
+            while len(waiting) < window and (item := next(queue, _END)) is not _END:
                 waiting[task.remote(job, item)] = item  # type: ignore[assignment]
             if not waiting:
                 return
