@@ -146,6 +146,8 @@ def test_a_part_of_the_grid_can_be_chosen() -> None:
     part = effort_of("full").only([LORA16, OURS], [2.25], [120], [1])
     found = {(c.row.name, c.bits, c.steps, c.seed) for c in part.cells() if c.task == "wikitext2"}
     assert found == {(LORA16, 16.0, 120, 1), (LORA16, 16.0, 240, 1), (OURS, 2.25, 120, 1)}
+    quick = effort_of("quick")
+    assert [(c.row.name, c.steps) for c in quick.cells()] == [(LORA16, 16), (PUBLISHED, 16), (OURS, 8)]
     with pytest.raises(ValueError, match="'my row' is none of the rows 16-bit LoRA, LoftQ nf"):
         effort_of("full").only(["my row"], [], [], [])
 

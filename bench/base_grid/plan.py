@@ -106,6 +106,7 @@ class Effort:
     judged: int = 64  # sequences of 512 tokens of the test text, its first ones, or rows
     held: int = 24  # the same, to choose the learning rate by
     samples: int = 128  # calibration sequences of 512 tokens
+    plain: bool = True  # whether rows without refining are also run without the steps that they are granted
     base: Mapping[str, Any] = field(default_factory=dict)  # settings of every calibrated base, where some are cut
 
     def cells(self) -> Iterator[Cell]:
@@ -118,7 +119,8 @@ class Effort:
                         for row in self.rows:
                             if row.maker == "none" or bits in row.formats:
                                 at = 16.0 if row.maker == "none" else bits
-                                for run in (steps,) if row.refined else (steps + self.refine, steps):
+                                granted = (steps + self.refine, steps)[: 2 if self.plain else 1]
+                                for run in (steps,) if row.refined else granted:
                                     yield Cell(row, at, task, seed, run)
 
     def only(self, rows: Sequence[str], bits: Sequence[float], steps: Sequence[int], seeds: Sequence[int]) -> "Effort":
@@ -147,5 +149,5 @@ def effort_of(mode: str) -> Effort:
         return Effort(ROWS + ABLATIONS, BITS, TASKS, SEEDS, STEPS, RATES, REFINE)
     few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))
     if mode == "quick":
-        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (1e-3,), 8, judged=8, samples=16, base=CUT)
+        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (1e-3,), 8, judged=8, samples=16, plain=False, base=CUT)
     return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4)

@@ -12,13 +12,13 @@ OUT.work/refine, which a resumed run goes on from. A part of the text is held ou
 there is dropped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from bitloft.calibrate.teacher import TeacherStates
@@ -27,7 +27,7 @@ from bitloft.errors import DataError, OptionError
 from bitloft.integrations.loading import load
 from bitloft.integrations.source import Source
 from bitloft.kernels.ops import decode
-from bitloft.modules.linear import QuantConv1D, QuantLinear, quant_linears, replace_module
+from bitloft.modules.linear import QuantConv1D, quant_linears, replace_module
 from bitloft.modules.tuned import TunedLinear
 from bitloft.options import QuantizeOptions
 from bitloft.shards import DTYPES
@@ -93,7 +93,7 @@ def refine(
     precision = choose_precision("auto", model.device)
     held = [teacher.batch(range(i, i + BATCH)) for i in range(0, HELD, BATCH)]
     before = Student(model, {}, precision).measure(held)
-    student = Student(model, _tuned(model, plan, options), precision)
+    student = Student(model, _tuned(model, options), precision)
     order = _order(len(ids), options)
     tune(
         student,
@@ -154,15 +154,14 @@ def _order(count: int, options: QuantizeOptions) -> list[int]:
     return order
 
 
-def _tuned(model: nn.Module, plan: Plan, options: QuantizeOptions) -> dict[str, tuple[nn.Parameter, float]]:
+def _tuned(model: nn.Module, options: QuantizeOptions) -> dict[str, tuple[nn.Parameter, float]]:
     """Everything to tune that ``refine_parts`` names, with its share of the learning rate; the model's packed linears
     are replaced by tuned ones."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     tuned: dict[str, tuple[nn.Parameter, float]] = {}
-    flags = {part: part in options.refine_parts for part in ("start", "scales")}
-    for name, layer, weight in _packed(plan, model, read="codes" in options.refine_parts):
-        stand_in = TunedLinear(layer, **flags, weight=weight if layer.format.family != "half" else None)
+    for name, layer in quant_linears(model).items():
+        stand_in = TunedLinear(layer, **{part: part in options.refine_parts for part in ("start", "scales", "codes")})
         replace_module(model, name, stand_in)
         shares = {"a": 1.0, "bt": 1.0, "gain": 1.0, "place": CODES_SHARE * stand_in.spacing}
         for leaf, share in shares.items():
@@ -200,26 +199,14 @@ def _settle(student: Student, plan: Plan) -> dict[str, Tensor]:
 @torch.no_grad()
 def _errors(plan: Plan, model: nn.Module) -> dict[str, tuple[float, float]]:
     """The errors of every packed linear anew, from the source's weights."""
-    errors = {}
-    for name, layer, dense in _packed(plan, model):
-        if dense is not None:
-            without = relative(layer.turned(dense) - decode(layer.packed_weight()), dense)
-            errors[name] = (without, relative(dense - layer.dense(), dense))
-    return errors
-
-
-def _packed(
-    plan: Plan, model: nn.Module, *, read: bool = True
-) -> Iterator[tuple[str, QuantLinear, Float[Tensor, "rows columns"] | None]]:
-    """Every packed linear by its name, with the matrix [out, in] that it was made of (None unless ``read``)."""
-    layers = quant_linears(model)
-    if not read:
-        yield from ((name, layer, None) for name, layer in layers.items())
-        return
+    errors, layers = {}, quant_linears(model)
     for step in plan.steps.values():
         names = {matrix.target: matrix.name for matrix in step.matrices if matrix.name in layers}
         for target, weight in step.reading.read(plan.skeleton.tensors, plan.skeleton.model) if names else ():
-            name = names.get(target, "")
-            if name in layers:
-                layer = layers[name]
-                yield name, layer, weight.float().T if isinstance(layer, QuantConv1D) else weight.float()
+            layer = layers.get(names.get(target, ""))
+            if layer is None:
+                continue
+            dense = weight.float().T if isinstance(layer, QuantConv1D) else weight.float()
+            without = relative(layer.turned(dense) - decode(layer.packed_weight()), dense)
+            errors[names[target]] = (without, relative(dense - layer.dense(), dense))
+    return errors

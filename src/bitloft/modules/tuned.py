@@ -7,8 +7,8 @@ A and B are tuned in float and rounded to the start's format in every forward, t
 (Bengio et al. 2013, arXiv 1308.3432): rounding at the end instead lost two thirds of what tuning had gained. G
 multiplies whole groups, so the gradient of a gain is that of the matrix summed over its group: one dense gradient lives
 at a time. Gains, not scales, are tuned because then one learning rate fits matrices of any magnitude. V are positions
-of the codes on their grid, for the same reason; they begin where W says, but within the cell of the code that was
-chosen (``positions``), so that nothing changes at first and what is nearly another code becomes it first.
+of the codes on their grid, for the same reason. They begin on the levels, so that a code moves only where gradients
+agree over many steps; begun where W lies, codes that error feedback had chosen against rounding fall back at once.
 """
 
 from typing import Any
@@ -25,15 +25,13 @@ from bitloft.modules.parts import load_tensors, tensor_name
 from bitloft.packed import PackedTensor, pack_bits, pack_halves, scale_exponent, scales_of, unpack_bits, unpack_halves
 from bitloft.solvers.grids import Grids
 
-INSIDE = 1e-3  # of a cell: how far from its border a position begins at least
-
 
 class TunedLinear(nn.Module):
     """Stands in for ``layer``: with ``start`` trainable ``a`` [rank, in] and ``bt`` [rank, out], with ``scales``
-    ``gain`` of the stored scales' shape; None where the layer has no start, no scales or stores them in 8 bits. With
-    ``weight`` [out, in], the matrix that the layer stands for, its codes train as ``place`` [out, in]."""
+    ``gain`` of the stored scales' shape, with ``codes`` ``place`` [out, in]; None where the layer has no start, no
+    scales or stores them in 8 bits, no codes."""
 
-    def __init__(self, layer: QuantLinear, *, start: bool, scales: bool, weight: Tensor | None = None) -> None:
+    def __init__(self, layer: QuantLinear, *, start: bool, scales: bool, codes: bool = False) -> None:
         super().__init__()
         self.layer = layer
         packed = layer.packed_weight()
@@ -41,8 +39,9 @@ class TunedLinear(nn.Module):
         self.a = nn.Parameter(_stored_a(layer)) if start and layer.rank else None
         self.bt = nn.Parameter(layer.start_b().T.contiguous()) if start and layer.rank else None
         self.gain = nn.Parameter(torch.ones(packed.scales.shape)) if scaled else None
-        self.place = None if weight is None else nn.Parameter(positions(weight, layer))
-        self._grids = None if weight is None else Grids.of(packed)
+        coded = codes and layer.format.family != "half"
+        self.place = nn.Parameter(_levels(packed)) if coded else None
+        self._grids = Grids.of(packed) if coded else None
 
     @property
     def spacing(self) -> float:
@@ -93,32 +92,17 @@ class TunedLinear(nn.Module):
         return changed
 
 
-@torch.no_grad()
-def positions(weight: Float[Tensor, "rows columns"], layer: QuantLinear) -> Float[Tensor, "rows columns"]:
-    """Where ``weight`` less the layer's start lies on the grid of each code, brought into the cell of that code."""
-    packed = layer.packed_weight()
-    grids, codes = Grids.of(packed), _stored_codes(packed)
-    at = torch.arange(weight.shape[1]) // grids.size
-    target = layer.turned(weight)
-    if layer.rank:
-        target = target - layer.scaling * (layer.start_b() @ _stored_a(layer))
-    found = (target - grids.shifts[:, at]) / grids.scales[:, at].clamp_min(1e-30) + grids.zeros[:, at]
-    levels = grids.levels
-    middles, margin = (levels[1:] + levels[:-1]) / 2, INSIDE * (levels[-1] - levels[0])
-    lowest = torch.cat([levels[:1], middles + margin])[codes.int()]
-    highest = torch.cat([middles - margin, levels[-1:]])[codes.int()]
-    return found.clamp(lowest, highest)
-
-
 def _stored_a(layer: QuantLinear) -> Float[Tensor, "rank columns"]:
     """A0 as it is stored, for inputs that may be rotated."""
     start = layer.packed_start()
     return ops.decode(start[0]) if start else torch.zeros(0, layer.in_features)
 
 
-def _stored_codes(packed: PackedTensor) -> Tensor:
+def _levels(packed: PackedTensor) -> Float[Tensor, "rows columns"]:
+    """The level of every stored code."""
     columns = packed.shape[1]
-    return unpack_bits(packed.codes, packed.format.bits, packed.format.width(columns))[:, :columns]
+    codes = unpack_bits(packed.codes, packed.format.bits, packed.format.width(columns))[:, :columns]
+    return Grids.of(packed).levels[codes.int()]
 
 
 def _codes(place: Float[Tensor, "rows columns"], levels: Float[Tensor, " levels"]) -> Tensor:
