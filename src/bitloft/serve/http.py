@@ -44,7 +44,7 @@ def open_service(
     """
     base = Path(base)
     record = base_record(base)
-    model = load(base)
+    model = load(base, activations=options.activations)
     tokenizer = load_tokenizer(base)
     name = options.name or base.resolve().name
     store = AdapterStore(AdapterBank(model), record, name, options.base_mismatch)
