@@ -11,7 +11,8 @@ import torch
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.ops import encode, explain
+from bitloft.kernels.cpu import explain
+from bitloft.kernels.ops import encode
 from tests.test_formats import FORMATS
 
 native = pytest.mark.skipif(cpu.library() is None, reason="no native library was built")
@@ -43,7 +44,7 @@ def asked(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @native
 def test_the_instruction_set_can_be_forced_and_a_wrong_one_is_refused() -> None:
-    say = "from bitloft.kernels.ops import explain; print(explain())"
+    say = "from bitloft.kernels.cpu import explain; print(explain())"
     assert asked(say, BITLOFT_ISA="portable").stdout.startswith("native portable on ")
     assert asked(say, BITLOFT_ISA="plain").stdout == "plain torch definition (BITLOFT_ISA=plain)\n"
     refused = asked(say, BITLOFT_ISA="mmx").stderr

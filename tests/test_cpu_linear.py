@@ -215,3 +215,58 @@ def test_every_instruction_set_gives_the_product(isa: str) -> None:
     if "which this processor does not have" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not cpu_linear.takes_int8(), reason="no AVX-512 kernels here")
+@pytest.mark.parametrize("spelling", TAKEN)
+@pytest.mark.parametrize("shape", [(1, 1), (127, 576), (65, 130), (192, 128)])
+def test_products_in_8_bits_are_those_of_the_definition(spelling: str, shape: tuple[int, int]) -> None:
+    weight = plain.encode(torch.randn(shape), spelling)
+    arranged = cpu_linear.can_arrange(weight.format, shape[1])
+    bias = torch.randn(shape[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 2, 4, 7, 33):
+            x = (torch.randn(rows, shape[1]) * torch.rand(rows, 1)).to(dtype)
+            exact = plain.rounded_linear(x, weight, "int8") + bias
+            found = ops.packed_linear(x, weight, bias=bias, activations="int8")
+            assert found.dtype == dtype
+            scale = float(exact.abs().max())
+            assert float((found.float() - exact).abs().max()) <= (1e-5 if dtype == torch.float32 else 5e-3) * scale
+            for row in range(0, rows, 5):  # whatever stands beside it
+                assert torch.equal(ops.packed_linear(x[row], weight, bias=bias, activations="int8"), found[row])
+    if arranged:
+        x = torch.randn(5, shape[1])
+        before = ops.packed_linear(x, weight, activations="int8")
+        assert torch.equal(ops.packed_linear(x, cpu_linear.arrange(weight), activations="int8"), before)
+
+
+@pytest.mark.skipif(not cpu_linear.takes_int8(), reason="no AVX-512 kernels here")
+def test_8_bits_of_zeros_and_of_what_is_no_number() -> None:
+    weight = plain.encode(torch.randn(70, 64), "lm2:64")
+    x = torch.zeros(3, 64)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    found = ops.packed_linear(x, weight, activations="int8")
+    assert torch.equal(found[0], torch.zeros(70))
+    assert found[1].isnan().all()
+    assert not found[2].isfinite().any()
+
+
+@pytest.mark.parametrize("spelling", ["lm2:64", "nf4:64", "lm3:64", "int8:64"])
+def test_input_rounded_to_bfloat16(spelling: str) -> None:
+    weight = plain.encode(torch.randn(70, 128), spelling)
+    for rows in (1, 3, 20):
+        x = torch.randn(rows, 128)
+        exact = plain.rounded_linear(x, weight, "bf16")
+        found = ops.packed_linear(x, weight, activations="bf16")
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < 4e-3  # levels in bfloat16
+        if rows == 3 and spelling == "lm2:64":
+            assert not torch.equal(found, found.bfloat16().float())  # the result is not rounded
+
+
+def test_activations_that_cannot_be_had() -> None:
+    weight = plain.encode(torch.randn(20, 64), "int8:64")
+    with pytest.raises(KernelError, match=r"8 bits of int8:64 weights with torch.float32 on cpu need native kernels"):
+        ops.packed_linear(torch.randn(3, 64), weight, activations="int8")
+    with pytest.raises(KernelError, match=r"activations are 'fp4'; use bf16 or int8"):
+        ops.packed_linear(torch.randn(3, 64), weight, activations="fp4")

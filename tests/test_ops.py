@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitloft.kernels import cpu, cpu_dequantize, ops, plain
+from bitloft.kernels import cpu, cpu_dequantize, gpu, ops, plain
 
 
 def test_every_name_is_public_and_there() -> None:
@@ -33,3 +33,28 @@ def test_many_rows_of_bfloat16_go_through_decoded_tiles(
     grad = torch.randn(3, shape[0])
     torch.testing.assert_close(ops.packed_linear_grad_input(grad, weight), grad @ plain.decode(weight))
     assert ops.packed_linear_grad_input(grad[:0], weight).shape == (0, shape[1])
+
+
+def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors stand in for CUDA ones, and what would be launched is recorded; tests/test_gpu.py runs it."""
+    calls: list[str] = []
+
+    def record(name: str) -> object:
+        def call(x: torch.Tensor, *rest: object) -> torch.Tensor:
+            calls.append(name)
+            return torch.zeros(3, 8, device="meta")
+
+        return call
+
+    monkeypatch.setattr(gpu, "takes", lambda tensor: tensor.device.type == "meta")
+    for name in ("decode", "packed_linear", "packed_linear_grad_input"):
+        monkeypatch.setattr(gpu, name, record(name))
+    weight = plain.encode(torch.randn(8, 64), "lm2:64").to("meta")
+    x = torch.zeros(3, 64, device="meta")
+    ops.decode(weight)
+    assert ops.packed_linear(x, weight, bias=torch.zeros(8, device="meta")).shape == (3, 8)
+    ops.packed_linear_grad_input(torch.zeros(3, 8, device="meta"), weight)
+    assert calls == ["decode", "packed_linear", "packed_linear_grad_input"]
+    ops.decode(plain.encode(torch.randn(8, 64), "lm2:64"))
+    assert len(calls) == 3  # the CPU's own are not sent there
+    assert ops.explain() == f"{cpu.explain()}; CUDA tensors: {gpu.explain()}"

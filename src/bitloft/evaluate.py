@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitloft.adapters import is_packed, read_adapter, read_packed
-from bitloft.errors import CheckpointError
+from bitloft.errors import CheckpointError, OptionError
 from bitloft.integrations.loading import base_record, load_tokenizer
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.opening import open_model, quantized_by
@@ -80,7 +80,7 @@ def evaluate(
     options = options or EvalOptions(**settings)
     rows = read_rows(data)
     began = time.perf_counter()
-    model, tokenizer = _opened(base, tokenizer)
+    model, tokenizer = _opened(base, tokenizer, options.activations)
     check_length(options.length, model.config)
     examples, report = encode_rows(rows, tokenizer, options.length)
     examples = examples[: options.limit]
@@ -128,12 +128,14 @@ def mean_and_stderr(sums: Float[Tensor, "clusters"], counts: Float[Tensor, "clus
 
 
 def _opened(
-    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, activations: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode and its tokenizer."""
     if isinstance(base, PreTrainedModel):
+        if activations is not None:
+            raise OptionError(f"activations {activations} are chosen when a model is loaded; give load the option.")
         return base.eval(), tokenizer or load_tokenizer(base.name_or_path)
-    opened = open_model(base)
+    opened = open_model(base, activations)
     if tokenizer is None and opened.tokenizer is None:
         raise CheckpointError(f"{base} holds no tokenizer; text cannot be encoded.")
     return opened.model, tokenizer or opened.tokenizer

@@ -37,7 +37,7 @@ def generate(
     if isinstance(prompts, str) or not prompts or not all(prompts):
         raise OptionError("generate takes a list of prompts, each of one character or more.")
     owners = _owners(len(prompts), list(adapters), names)
-    tokenizer, model = load_tokenizer(base), load(base)
+    tokenizer, model = load_tokenizer(base), load(base, activations=options.activations)
     attach(model, adapters, base_record(base), options.base_mismatch)
     rows = [_encode(tokenizer, prompt, options.raw) for prompt in prompts]
     _check_context(model, rows, options.max_tokens)

@@ -64,6 +64,8 @@ def _parts_reason(model: Any) -> str | None:
             return f"layers.{name} rotates its inputs"
         if module.weight.device.type != "cpu":
             return f"it lies on {module.weight.device}"
+        if module.activations is not None:
+            return f"its layers round their input to {module.activations}; the native step is float32"
         if not multiplies(module.format):
             return f"layers.{name} is stored in {module.format}, which is decoded before it is multiplied"
     if model.model.norm.weight.dtype != torch.float32:

@@ -15,6 +15,7 @@ from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.formats import Format
+from bitloft.integrations.rounding import round_activations
 from bitloft.modules import arrangement
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank, install
@@ -93,6 +94,7 @@ def load(
     base_mismatch: str | None = None,
     arrange: bool = True,
     batch_invariant: bool = False,
+    activations: str | None = None,
 ) -> PreTrainedModel:
     """A packed base with its start, in eval mode, and packed adapters attached by name.
 
@@ -103,7 +105,9 @@ def load(
     ``integrations.mismatch`` says; what is let through is logged as a warning. ``arrange`` brings the codes on a CPU
     into the order that one row of input is multiplied fastest in (same size; saving and copying give the stored
     order); leave it out for training and before sharding. ``batch_invariant`` makes what a row gets from a packed layer
-    independent of the rows beside it, which costs float32 input of one row a third.
+    independent of the rows beside it, which makes one row of float32 input take twice the time.
+    ``activations`` (bf16 or int8) rounds what packed layers multiply; how much that moves them is measured and logged
+    as a warning (``integrations.rounding``).
     Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter that is refused.
     """
     from bitloft.integrations import register
@@ -124,6 +128,8 @@ def load(
         layer.batch_invariant = batch_invariant
     if arrange:
         arrangement.arrange(model)
+    if activations is not None:
+        round_activations(model, activations)
     if adapters:
         plain = next((path for path in adapters.values() if not is_packed(Path(path))), None)
         if plain is not None:

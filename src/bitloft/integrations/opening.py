@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from bitloft.checkpoint import read_json
-from bitloft.errors import CheckpointError
+from bitloft.errors import CheckpointError, OptionError
 from bitloft.integrations.foreign import ForeignBase, open_foreign
 from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer, model_class, quiet_loading
 from bitloft.integrations.source import open_source
@@ -28,14 +28,17 @@ class Opened(NamedTuple):
     record: BaseRecord | None = None
 
 
-def open_model(where: str | Path) -> Opened:
+def open_model(where: str | Path, activations: str | None = None) -> Opened:
     """Open a packed base, a model folder, a hub name, a GGUF file, or a folder of bitsandbytes 4 bit or GPTQ.
 
-    Raises CheckpointError where it is none of them or damaged.
+    ``activations`` rounds what packed layers multiply (``load``). Raises CheckpointError where it is none of them or
+    damaged, OptionError for ``activations`` of a model that is not packed.
     """
     method = quantized_by(Path(where))
     if method == "bitloft":
-        return Opened(load(where), _tokenizer(Path(where)), base_record(where))
+        return Opened(load(where, activations=activations), _tokenizer(Path(where)), base_record(where))
+    if activations is not None:
+        raise OptionError(f"activations {activations} are for packed layers; {where} is no packed base.")
     if method in FOREIGN:
         return Opened(_dequantized(Path(where), open_foreign(where)).eval(), _tokenizer(Path(where)))
     source = open_source(str(where))

@@ -19,7 +19,7 @@ from bitloft.formats import TENSOR, Format
 from bitloft.kernels import cpu
 from bitloft.packed import PackedTensor
 
-INVARIANT = 1  # BL_INVARIANT
+INVARIANT, INT8, WIDE = 1, 2, 4  # BL_INVARIANT, BL_INT8, BL_WIDE
 
 
 @cache
@@ -63,6 +63,11 @@ def takes(x: Tensor, packed: PackedTensor) -> bool:
     )
 
 
+def takes_int8() -> bool:
+    """Whether the native library multiplies rows in 8 bits here: on AVX-512."""
+    return cpu.isa() == "avx512"
+
+
 class Weight:
     """A packed matrix as the native side sees it. Holds addresses: the caller keeps the tensors alive."""
 
@@ -95,8 +100,11 @@ def packed_linear(
     bias: Float[Tensor, " rows"] | None = None,
     addend: Float[Tensor, "*batch rows"] | None = None,
     invariant: bool = False,
+    activations: str | None = None,
 ) -> Float[Tensor, "*batch rows"]:
     """x W^T + bias + addend in the dtype of ``x``, for a weight that was ``described``.
+
+    ``activations``: ``bf16`` or ``int8`` rounds what is multiplied, never what is added or returned (``ops``).
 
     ``bias`` and ``addend`` are float32 and contiguous, and added before the sum is rounded. ``invariant``: what a row
     gets does not depend on how many there are.
@@ -107,9 +115,13 @@ def packed_linear(
     for count in batch:
         rows *= count
     out = x.new_empty((*batch, weight.rows))
+    flags = INVARIANT * invariant
+    if activations is not None:
+        flags |= INT8 if activations == "int8" else WIDE * (x.dtype is torch.float32)
+        x = x.bfloat16() if flags & WIDE else x
     status = _function()(
         x.data_ptr(), cpu.DTYPES[x.dtype], rows, weight.address, None if bias is None else bias.data_ptr(),
-        None if addend is None else addend.data_ptr(), out.data_ptr(), INVARIANT * invariant, torch.get_num_threads(),
+        None if addend is None else addend.data_ptr(), out.data_ptr(), flags, torch.get_num_threads(),
     )  # fmt: skip
     if status:
         cpu.done(status)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format
-from bitloft.kernels import cpu_dequantize, cpu_encode, cpu_linear, cpu_trellis, plain, trellis
-from bitloft.kernels.cpu import explain
+from bitloft.kernels import cpu, cpu_dequantize, cpu_encode, cpu_linear, cpu_trellis, gpu, plain, trellis
 from bitloft.kernels.plain import decode_columns
 from bitloft.packed import PackedTensor
 
+ACTIVATIONS = ("bf16", "int8")  # what the input of a product may be rounded to
 MANY = 512  # rows of bfloat16 from which decoding a weight for torch's product is cheaper than multiplying its codes
 
 __all__ = [
@@ -35,6 +35,11 @@ __all__ = [
     "packed_linear_grad_input",
     "residual",
 ]
+
+
+def explain() -> str:
+    """Which implementation runs for tensors on the CPU and on CUDA devices, and why."""
+    return f"{cpu.explain()}; CUDA tensors: {gpu.explain()}"
 
 
 def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
@@ -61,6 +66,8 @@ def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Te
     """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
     if cpu_dequantize.takes(packed, dtype):
         return cpu_dequantize.decode(packed, dtype)
+    if gpu.takes(packed.codes) and dtype in cpu.DTYPES:
+        return gpu.decode(packed, dtype)
     return plain.decode(packed, dtype)
 
 
@@ -92,13 +99,18 @@ def packed_linear(
     bias: Float[Tensor, " rows"] | None = None,
     addend: Float[Tensor, "*batch rows"] | None = None,
     invariant: bool = False,
+    activations: str | None = None,
 ) -> Float[Tensor, "*batch rows"]:
     """y = x @ decode(weight).T + bias + addend, in the dtype of ``x``; see ``plain.packed_linear``.
 
-    ``bias`` and ``addend`` (float32) are added before the sum is rounded. ``invariant`` makes what a row gets
-    independent of how many there are. Raises KernelError on a wrong width, and for ``invariant`` where no native kernel
-    multiplies.
+    ``bias`` and ``addend`` (float32) are added before the sum is rounded. ``activations`` rounds the operands: ``bf16``
+    x to bfloat16 (and levels, where the processor has such products), ``int8`` each row of x to 8 bits by its largest
+    magnitude and levels to 8 bits; sums stay float32 (``plain.rounded_linear`` defines them).
+    ``invariant`` makes what a row gets independent of how many there are. Raises KernelError on a wrong width, and for
+    ``invariant`` or ``int8`` where no native kernel does it.
     """
+    if activations is not None:
+        return _rounded(x, weight, bias, addend, invariant, activations)
     if _decoding_pays(x, weight) and not invariant:
         return _by_tiles(x, weight, bias, addend)
     if cpu_linear.takes(x, weight):
@@ -109,10 +121,29 @@ def packed_linear(
             f"no native kernel multiplies {weight.format} weights with {x.dtype} on {x.device.type} here, and the "
             "plain definition is not batch invariant; leave batch_invariant out or choose a format of 1 to 4 bits."
         )
-    y = plain.packed_linear(x, cpu_linear.canonical(weight))
+    on_gpu = gpu.takes(x) and gpu.takes(weight.codes) and x.dtype in cpu.DTYPES
+    y = gpu.packed_linear(x, weight) if on_gpu else plain.packed_linear(x, cpu_linear.canonical(weight))
     for added in (bias, addend):
         y = y if added is None else (y + added.float()).to(y.dtype)
     return y
+
+
+def _rounded(
+    x: Tensor, weight: PackedTensor, bias: Tensor | None, addend: Tensor | None, invariant: bool, activations: str
+) -> Tensor:
+    if activations not in ACTIVATIONS:
+        raise KernelError(f"activations are {activations!r}; use {' or '.join(ACTIVATIONS)}.")
+    native = cpu_linear.takes(x, weight)
+    if activations == "int8" and not (native and cpu_linear.takes_int8()):
+        raise KernelError(
+            f"products in 8 bits of {weight.format} weights with {x.dtype} on {x.device.type} need native kernels with "
+            "AVX-512 and a format of 1 to 4 bits; leave activations out."
+        )
+    if native:
+        bias, addend = (t if t is None else t.float().contiguous() for t in (bias, addend))
+        kept = cpu_linear.described(weight)
+        return cpu_linear.packed_linear(x, kept, bias=bias, addend=addend, invariant=invariant, activations=activations)
+    return packed_linear(x.bfloat16().to(x.dtype), weight, bias=bias, addend=addend, invariant=invariant)
 
 
 def packed_linear_grad_input(
@@ -122,6 +153,8 @@ def packed_linear_grad_input(
 
     Native code decodes; the product is torch's, whose matrix multiplication is as good as ours for many rows.
     """
+    if gpu.takes(grad) and gpu.takes(weight.codes) and grad.dtype in cpu.DTYPES:
+        return gpu.packed_linear_grad_input(grad, weight)
     weight = cpu_linear.canonical(weight)
     if not cpu_dequantize.takes(weight, grad.dtype):
         return plain.packed_linear_grad_input(grad, weight)

@@ -36,6 +36,7 @@ __all__ = [
     "packed_linear",
     "packed_linear_grad_input",
     "residual",
+    "rounded_linear",
     "tiles",
 ]
 
@@ -104,15 +105,17 @@ def _bits_at(
     return found
 
 
-def _decode_rows(packed: PackedTensor, rows: Rows, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
-    """Values of some rows, padding columns included."""
+def _decode_rows(
+    packed: PackedTensor, rows: Rows, dtype: torch.dtype, levels: tuple[float, ...] | None = None
+) -> Float[Tensor, "rows width"]:
+    """Values of some rows, padding columns included; ``levels`` in place of the tensor's own."""
     fmt, columns = packed.format, packed.shape[-1]
     width = fmt.width(columns)
     codes = packed.codes[rows] if isinstance(rows, slice) else embedding(rows, packed.codes)  # refuses numbers below 0
     if fmt.family == "trellis":
         values = trellis.levels_of(codes, fmt.bits, dtype)
     else:
-        values = _levels_of_bytes(codes, fmt, levels_of(packed), width, dtype)
+        values = _levels_of_bytes(codes, fmt, levels or levels_of(packed), width, dtype)
     if fmt.group == UNIT or not values.numel():
         return values
     scales = scales_of(packed, rows, dtype)
@@ -177,6 +180,26 @@ def packed_linear(x: Float[Tensor, "*batch columns"], weight: PackedTensor) -> F
     for rows, tile in tiles(weight, x.dtype):
         out[..., rows] = x @ tile.T
     return out
+
+
+def rounded_linear(
+    x: Float[Tensor, "*batch columns"], weight: PackedTensor, activations: str
+) -> Float[Tensor, "*batch rows"]:
+    """The product of rounded operands in float32: ``bf16``, x in bfloat16; ``int8``, x and levels in 8 bits.
+
+    ``int8``: q = round(x * 127 / max|x|) of each row, level = round(level * 127 / max|level|), each times what 1 of it
+    stands for. Weights of 1 to 4 bits.
+    """
+    x = x.float()
+    if activations == "bf16":
+        return packed_linear(x.bfloat16().float(), weight)
+    most = x.abs().amax(-1, keepdim=True)
+    step = torch.where(most > 0, most / 127, 1)
+    levels = torch.tensor(levels_of(weight))
+    unit = levels.abs().max() / 127
+    table = (levels / unit).round() * unit
+    dense = _decode_rows(weight, slice(None), torch.float32, tuple(table.tolist()))[:, : weight.shape[1]]
+    return ((x / step).round() * step) @ dense.T
 
 
 def packed_linear_grad_input(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitloft.errors import KernelError
 from bitloft.kernels import cpu_lora, ops
 from bitloft.kernels.lora import Start
 from bitloft.kernels.operators import flat, sum_rows
@@ -30,23 +31,27 @@ def packed_product(
     bias: Float[Tensor, " rows"] | None = None,
     addend: Float[Tensor, "*batch rows"] | None = None,
     invariant: bool = False,
+    activations: str | None = None,
 ) -> Float[Tensor, "*batch rows"]:
     """x W^T + s0 (x A0^T) B0^T + bias + addend in the dtype of ``x`` (under autocast, in autocast's).
 
-    ``addend`` is float32. Gradients reach ``x``, ``bias`` and ``addend``. Raises KernelError on a wrong width.
+    ``addend`` is float32; ``activations`` rounds the operands of x W^T alone (``ops.packed_linear``).
+    Gradients reach ``x``, ``bias`` and ``addend``. Raises KernelError on a wrong width.
     """
     x = _autocast(x)
     y: Tensor
     graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, addend))
     if graded and not torch.compiler.is_compiling():
-        y = _Product.apply(x, weight, start, bias, addend, invariant)  # type: ignore[no-untyped-call]
+        y = _Product.apply(x, weight, start, bias, addend, invariant, activations)  # type: ignore[no-untyped-call]
         return y
     if start is not None:
         addend = _start_product(x, start, weight.shape[0], addend)
     if torch.compiler.is_compiling():
+        if activations is not None:
+            raise KernelError(f"activations {activations!r} and torch.compile do not go together; leave out one.")
         y = torch.ops.bitloft.packed_linear(x, *flat(weight), bias, addend, invariant)
     else:
-        y = ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant)
+        y = ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant, activations=activations)
     return y
 
 
@@ -101,19 +106,20 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         addend: Tensor | None,
         invariant: bool,
+        activations: str | None,
     ) -> Tensor:
         ctx.weight, ctx.start = weight, start
         if start is not None:
             given = addend.clone() if addend is not None and ctx.needs_input_grad[4] else addend  # it may be added to
             addend = _start_product(x, start, weight.shape[0], given)
-        return ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant)
+        return ops.packed_linear(x, weight, bias=bias, addend=addend, invariant=invariant, activations=activations)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        wanted, _, _, bias, addend, _ = ctx.needs_input_grad
+        wanted, _, _, bias, addend, *_ = ctx.needs_input_grad
         dx = ops.packed_linear_grad_input(grad, ctx.weight) if wanted else None
         if dx is not None and ctx.start is not None:
             a, bt, scaling = ctx.start
             dx += (scaling * (grad @ ops.decode(bt, grad.dtype).T)) @ ops.decode(a, grad.dtype)
-        return dx, None, None, sum_rows(grad) if bias else None, grad.float() if addend else None, None
+        return dx, None, None, sum_rows(grad) if bias else None, grad.float() if addend else None, None, None

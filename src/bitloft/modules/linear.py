@@ -51,6 +51,7 @@ class QuantLinear(Arrangement, nn.Linear):
         self.start_format = start_format if rank else None
         self.start_enabled = True
         self.batch_invariant = False  # one kernel and one order of sums at any number of rows
+        self.activations: str | None = None  # what the input is rounded to for the product: bf16, int8, or nothing
         self._kept_start: tuple[Tensor | None, Tensor | None, Start] | None = None
         # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for nothing
         self.deltas: Callable[[Tensor], Tensor | None] | None = None
@@ -96,6 +97,7 @@ class QuantLinear(Arrangement, nn.Linear):
             bias=self.bias,
             addend=None if self.deltas is None else self.deltas(input),
             invariant=self.batch_invariant,
+            activations=self.activations,
         )
 
     def turned(self, rows: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch columns"]:

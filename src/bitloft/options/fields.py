@@ -32,6 +32,23 @@ def base_mismatch() -> Any:
     )
 
 
+ACTIVATIONS = ("bf16", "int8")
+
+
+def activations() -> Any:
+    """The field of every verb that runs a packed base; check it by ``require_activations``."""
+    return option(
+        None,
+        "round what packed layers multiply: bf16, or int8 (each row by its largest value); says how much "
+        "that moves them (default: no rounding beyond the dtype)",
+    )
+
+
+def require_activations(value: str | None) -> None:
+    if value is not None:
+        require_choices(activations=(value, ACTIVATIONS))
+
+
 def require_mismatch(value: str | None) -> None:
     if value is not None:
         require_choices(base_mismatch=(value, BASE_MISMATCH))

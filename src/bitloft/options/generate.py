@@ -5,7 +5,15 @@ import re
 from dataclasses import dataclass, field
 from math import isfinite
 
-from bitloft.options.fields import base_mismatch, option, require, require_mismatch, require_positive
+from bitloft.options.fields import (
+    activations,
+    base_mismatch,
+    option,
+    require,
+    require_activations,
+    require_mismatch,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -18,9 +26,11 @@ class GenerateOptions:
     seed: int = option(0, "seed of the sampling")
     raw: bool = option(False, "continue the prompt as it is, without the chat template")
     base_mismatch: str | None = base_mismatch()
+    activations: str | None = activations()
 
     def __post_init__(self) -> None:
         require_mismatch(self.base_mismatch)
+        require_activations(self.activations)
         require_positive(self, "max_tokens", "top_p")
         require(
             isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}; use 0 or more."
@@ -85,9 +95,11 @@ class ServeOptions:
     request_seconds: float = option(600.0, "a request that takes longer ends with an error")
     drain_seconds: float = option(30.0, "time that running requests have to end after SIGTERM")
     base_mismatch: str | None = base_mismatch()
+    activations: str | None = activations()
 
     def __post_init__(self) -> None:
         require_mismatch(self.base_mismatch)
+        require_activations(self.activations)
         require_positive(self, "max_batch", "max_queue", "context", "max_tokens", "queue_seconds", "request_seconds")
         require_positive(self, "step_tokens", "adapter_share", "max_wait", "pack_plain")
         require(self.adapter_share <= 1, f"adapter_share is {self.adapter_share}; use a share above 0 and up to 1.")

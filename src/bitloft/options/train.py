@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from bitloft.options.fields import (
     DTYPES,
+    activations,
     base_mismatch,
     option,
     require,
+    require_activations,
     require_choices,
     require_mismatch,
     require_positive,
@@ -68,9 +70,11 @@ class EvalOptions:
     batch: int = option(4, "sequences in a batch")
     dtype: str = option("float32", "float32, bfloat16 (autocast), or auto: bfloat16 where the processor computes in it")
     base_mismatch: str | None = base_mismatch()
+    activations: str | None = activations()
 
     def __post_init__(self) -> None:
         require_mismatch(self.base_mismatch)
+        require_activations(self.activations)
         require_choices(dtype=(self.dtype, DTYPES))
         require_positive(self, "limit", "batch")
         require(self.length >= 2, f"length is {self.length}; use 2 or more.")

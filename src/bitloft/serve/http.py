@@ -49,7 +49,7 @@ def open_service(
     """
     base = Path(base)
     record = base_record(base)
-    model = load(base, batch_invariant=options.batch_invariant)
+    model = load(base, batch_invariant=options.batch_invariant, activations=options.activations)
     tokenizer = load_tokenizer(base)
     name = options.name or base.resolve().name
     store = AdapterStore(AdapterBank(model), record, name, options)

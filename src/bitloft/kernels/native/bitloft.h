@@ -122,13 +122,18 @@ typedef struct bl_product {
   int32_t dtype;
 } bl_product;
 
-enum { BL_INVARIANT = 1 }; /* flags of a call: what a row gets does not depend on how many rows there are */
+/* flags of a call */
+enum {
+  BL_INVARIANT = 1, /* what a row gets does not depend on how many rows there are */
+  BL_INT8 = 2,      /* rows of the input in 8 bits, a scale for each, times levels in 8 bits; AVX-512 only */
+  BL_WIDE = 4,      /* of bl_packed_linear_one: the output is float32 */
+};
 
 /* Products of one input with several matrices, at most the wanted precision: float32 input is multiplied in float32, bfloat16
  * input with levels rounded to bfloat16 (where the processor has such dot products) and summed in float32. */
 BL_API int bl_packed_linear(const bl_input *x, const bl_product *products, int64_t count, int32_t flags, int threads);
 
-/* The same for one matrix, rows of x [rows, weight columns] and out [rows, weight rows] without gaps, out of x's dtype. */
+/* The same for one matrix, rows of x [rows, weight columns] and out [rows, weight rows] without gaps, out of x's dtype (but see BL_WIDE). */
 BL_API int bl_packed_linear_one(const void *x, int32_t dtype, int64_t rows, const bl_matrix *weight, const float *bias,
                                 const float *addend, void *out, int32_t flags, int threads);
 

@@ -77,22 +77,24 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.offsets = m.groups > 0 && (m.zeros != nullptr || m.shifts != nullptr);
   part.pieces = part.groups * up(part.group_units * unit_columns(m.bits), PIECE) / PIECE;
   part.planes = dtype == BL_BF16 ? 2 : 3;
-  if (tame && (m.bits <= 2 || dtype != BL_BF16)) part.input = Input::BYTES;
+  if (flags & BL_INT8) part.input = Input::QUADS;
+  else if (tame && (m.bits <= 2 || dtype != BL_BF16)) part.input = Input::BYTES;
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
   const int64_t columns = part.units * unit_columns(m.bits);
   const int64_t tables = part.units * (m.bits == 3 ? 16 : 8) * 16 * (part.input == Input::SUMS ? 4 : part.planes);
   const bool looked_up = part.input == Input::SUMS || part.input == Input::BYTES;
-  part.x_bytes = up(looked_up ? tables : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
+  if (part.input == Input::QUADS) part.x_bytes = up(columns + part.pieces * 4 + 4, 64);
+  else part.x_bytes = up(looked_up ? tables : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
   table.read_levels(m, part.levels);
   return part;
 }
 
 bool same_input(const Part& a, const Part& b) {
-  return a.input == b.input && a.matrix->bits == b.matrix->bits && a.units == b.units && a.groups == b.groups &&
+  return a.input == b.input && a.pieces == b.pieces && a.matrix->bits == b.matrix->bits && a.units == b.units && a.groups == b.groups &&
          a.group_units == b.group_units && a.offsets == b.offsets &&
-         ((a.input != Input::SUMS && a.input != Input::BYTES) || std::memcmp(a.levels, b.levels, sizeof(float) << a.matrix->bits) == 0);
+         ((a.input != Input::SUMS && a.input != Input::BYTES && a.input != Input::QUADS) || std::memcmp(a.levels, b.levels, sizeof(float) << a.matrix->bits) == 0);
 }
 
 // A call on up to ROWS_AT_ONCE rows of the input.
@@ -104,7 +106,7 @@ class Call {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES ? 2 : 1;
+      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
       part.turns = (part.blocks + part.together - 1) / part.together;
       turns_ += part.turns;
       if (part.same != i) {
@@ -185,7 +187,7 @@ class Call {
   void multiply(const Part& part, int64_t row, int64_t blocks, const char* input) const {
     const bl_matrix& m = *part.matrix;
     const int64_t words = part.units * unit_words(m.bits) * BLOCK, scales = part.groups * BLOCK;
-    const int64_t floats = blocks * (words + 2 * scales + rows_ * BLOCK) + PIECE * BLOCK;
+    const int64_t floats = blocks * (words + 2 * scales + rows_ * BLOCK) + PIECE * BLOCK + 16;
     float* at = static_cast<float*>(room.get(floats * 4));
     uint32_t* gathered = reinterpret_cast<uint32_t*>(at);
     float *turned = at + blocks * words, *offsets = turned + blocks * scales, *totals = offsets + blocks * scales;
@@ -290,9 +292,10 @@ extern "C" {
 int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t count, int32_t flags, int threads) {
   const bl::Kernels* table = bl::kernels();
   if (table == nullptr || bl::check_call(*x, products, count)) return -1;
+  if ((flags & BL_INT8) && !table->bytes) return bl::fail("products in 8 bits need AVX-512, this processor runs %s.", table->name);
   constexpr int64_t AT_ONCE = 8;  // matrices
   for (int64_t first = 0; first < count; first += AT_ONCE) {
-    const bool tame = x->rows == 1 && table->bytes && !(flags & BL_INVARIANT) && table->tame(x->values, x->columns, x->dtype);
+    const bool tame = x->rows == 1 && table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && table->tame(x->values, x->columns, x->dtype);
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
     for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, tame);
@@ -308,7 +311,7 @@ int bl_packed_linear_one(const void* x, int32_t dtype, int64_t rows, const bl_ma
                          const float* addend, void* out, int32_t flags, int threads) {
   if (bl::check(weight)) return -1;
   const bl_input input{x, rows, weight->columns, weight->columns, dtype};
-  const bl_product product{weight, bias, addend, out, weight->rows, dtype};
+  const bl_product product{weight, bias, addend, out, weight->rows, flags & BL_WIDE ? BL_F32 : dtype};
   return bl_packed_linear(&input, &product, 1, flags, threads);
 }
 

@@ -22,6 +22,8 @@ namespace bl::BL_ISA {
 
 void prepare_planes(const Preparation& p);  // product_bytes.cpp
 void by_bytes(const Product& p);
+void prepare_eight_bits(const Preparation& p);
+void by_quads(const Product& p);
 
 namespace {
 
@@ -368,6 +370,7 @@ void prepare(const Preparation& p) {
     p.sums[group] = sum;
   }
   if (p.input == Input::BYTES) prepare_planes(p);
+  else if (p.input == Input::QUADS) prepare_eight_bits(p);
   else if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
   else if (p.input == Input::SINGLE) prepare_single(p);
   else if (p.bits == 1) prepare_sums<1>(p);
@@ -394,6 +397,8 @@ void finish(const Finish& f) {
 void product(const Product& p) {
   if (p.input == Input::BYTES) {
     by_bytes(p);
+  } else if (p.input == Input::QUADS) {
+    by_quads(p);
   } else if (p.input == Input::SUMS) {
     if (p.bits == 1) by_sums<1>(p);
     else by_sums<2>(p);

@@ -29,6 +29,7 @@ enum class Input {
   PAIRS,   // bfloat16
   SUMS,    // one row; 1 and 2 bits: for each four bits of codes the sixteen sums that they may stand for
   BYTES,   // one row: the same sums (products, with 3 bits) as whole numbers, their bytes in planes (product_bytes.cpp)
+  QUADS,   // 8 bits, a scale for each row (product_bytes.cpp)
 };
 
 // One row of the input, as it came and as it is wanted.

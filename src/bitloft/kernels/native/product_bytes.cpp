@@ -86,6 +86,11 @@ float widen(const Preparation& p, int64_t begin, int64_t count, float* to) {
   return _mm512_reduce_max_ps(most);
 }
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 // A unit is used in STEPS, each of which looks up one sum for each of the four bytes of a word, of COLUMNS columns each.
 template <int BITS>
 constexpr int COLUMNS = BITS == 3 ? 1 : 4 / BITS;
@@ -229,6 +234,149 @@ void multiply_bytes(const Product& p) {
   for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(p.totals + v * 16, totals[v]);
 }
 
+// ---- input in 8 bits --------------------------------------------------------------------------------------------------
+//
+// y[r, o] = sum_groups scale * sum_i (level[code] * 127 / largest) * q[r, i] * factor[r], both rounded to whole numbers; q is a
+// row of the input in 8 bits, factor what 1 of it stands for, times that of a level. The dot product takes one side without a
+// sign: levels have 128 added, so a sum starts from -128 times the sum of q. A prepared row is [units][QUADS][4 columns] of q,
+// then where the sum of each piece starts (int32), then its factor (float32).
+
+// Words of four codes that a unit has, and the first column of byte `b` of one.
+template <int BITS>
+constexpr int QUADS = BITS == 3 ? 8 : 8 / BITS;
+template <int BITS>
+constexpr int quad_column(int quad, int b) {
+  return BITS == 3 ? column_of<3>(quad, b) : quad + b * (8 / BITS);
+}
+
+int64_t pieces_of(int64_t groups, int64_t group_columns) { return groups * ((group_columns + PIECE - 1) / PIECE); }
+
+float largest_level(int bits, const float* levels) {
+  float most = 0;
+  for (int c = 0; c < 1 << bits; ++c) most = fabsf(levels[c]) > most ? fabsf(levels[c]) : most;
+  return most > 0 ? most : 1;
+}
+
+template <int BITS>
+void prepare_quads(const Preparation& p) {
+  constexpr int64_t COLUMNS = unit_columns(BITS);
+  const int64_t width = p.units * COLUMNS, group = width / p.groups;
+  alignas(64) float x[PIECE];
+  float most = 0, rest = 0;
+  for (int64_t begin = 0; begin < width; begin += PIECE) {
+    const float found = widen(p, begin, width - begin < PIECE ? width - begin : PIECE, x);
+    most = found > most ? found : most;
+    for (int64_t i = 0; i < PIECE && begin + i < width; ++i) rest += x[i] - x[i];  // not 0 where a value is no number
+  }
+  const float scale = most > 0 ? 127 / most : 0;
+  int8_t* to = static_cast<int8_t*>(p.out);
+  int32_t* start = reinterpret_cast<int32_t*>(to + width);
+  float* factor = reinterpret_cast<float*>(start + pieces_of(p.groups, group));
+  *factor = most / 127 * largest_level(BITS, p.levels) / 127 + rest;
+  for (int64_t end = group, begin = 0; begin < width; end += group) {
+    int64_t whole = 0;  // the sum of a group
+    for (int64_t count; begin < end; begin += count) {
+      count = end - begin < PIECE ? end - begin : PIECE;
+      widen(p, begin, count, x);
+      int32_t sum = 0;
+      for (const float* unit = x; unit < x + count; unit += COLUMNS)
+#pragma GCC unroll 8
+        for (int quad = 0; quad < QUADS<BITS>; ++quad)
+#pragma GCC unroll 4
+          for (int b = 0; b < 4; ++b) {
+            const int32_t q = rest == 0 ? static_cast<int32_t>(rintf(unit[quad_column<BITS>(quad, b)] * scale)) : 0;
+            sum += q, *to++ = static_cast<int8_t>(q);
+          }
+      *start++ = -128 * sum, whole += sum;
+    }
+    if (p.sums != nullptr) p.sums[end / group - 1] = static_cast<float>(whole) * (most / 127) + rest;
+  }
+}
+
+template <int ROWS>
+void quad_rows(const Product& p, int64_t group, int64_t piece, const uint32_t* tile, int64_t quads, const uint32_t* x, const uint32_t* tails, int64_t pieces, float* totals) {
+  __m512i sums[ROWS * VECTORS];
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = _mm512_set1_epi32(static_cast<int>(tails[r * p.x_stride + piece]));
+  for (int64_t i = 0; i < quads; ++i, tile += BLOCK) {
+    __m512i values[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) values[v] = _mm512_load_si512(tile + v * 16);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512i q = _mm512_set1_epi32(static_cast<int>(x[r * p.x_stride + i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = _mm512_dpbusd_epi32(sums[r * VECTORS + v], values[v], q);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t at = group * BLOCK + v * 16;
+    const __m512 scale = p.scales != nullptr ? _mm512_loadu_ps(p.scales + at)
+                                             : _mm512_mul_ps(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)).v, _mm512_set1_ps(p.unit));
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      float factor;
+      std::memcpy(&factor, tails + r * p.x_stride + pieces, sizeof factor);
+      float* total = totals + r * BLOCK + v * 16;
+      const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), _mm512_set1_ps(factor));
+      _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(total)));
+    }
+  }
+}
+
+template <int BITS>
+void multiply_quads(const Product& p) {
+  constexpr int64_t most = PIECE / unit_columns(BITS), WORDS = unit_words(BITS) * BLOCK;
+  constexpr int64_t MOST_ROWS = 6;
+  const Index<BITS> index;
+  const float largest = largest_level(BITS, p.levels);
+  alignas(64) uint8_t level[64];
+  for (int i = 0; i < 64; ++i) level[i] = static_cast<uint8_t>(128 + static_cast<int>(rintf(p.levels[i & ((1 << BITS) - 1)] / largest * 127)));
+  const __m512i book = _mm512_load_si512(level);
+  uint32_t* tile = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(p.tile) + 63) & ~uintptr_t{63});
+  const uint32_t* codes = p.codes;
+  const uint32_t* x = static_cast<const uint32_t*>(p.x);
+  const uint32_t* tails = x + p.groups * p.group_units * QUADS<BITS>;
+  const int64_t pieces = pieces_of(p.groups, p.group_units * unit_columns(BITS)), turns = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
+  int64_t piece = 0;
+  for (int64_t group = 0; group < p.groups; ++group)
+    for (int64_t left = p.group_units; left > 0; left -= most, ++piece) {
+      const int64_t units = left < most ? left : most, quads = units * QUADS<BITS>;
+      uint32_t* to = tile;
+      for (int64_t u = 0; u < units; ++u, codes += WORDS) {
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
+#pragma GCC unroll 8
+        for (int quad = 0; quad < QUADS<BITS>; ++quad, to += BLOCK)
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) {
+            __m512i chosen;
+            if constexpr (BITS == 3) chosen = index.of(codes + v * 16, quad);
+            else chosen = _mm512_srli_epi32(_mm512_loadu_si512(codes + v * 16), static_cast<unsigned>(BITS * quad));
+            _mm512_store_si512(to + v * 16, _mm512_permutexvar_epi8(chosen, book));
+          }
+      }
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
+        const uint32_t *rows = x + row * p.x_stride, *ends = tails + row * p.x_stride;
+        float* totals = p.totals + row * BLOCK;
+        const auto run = [&](auto rows_of) { quad_rows<decltype(rows_of)::value>(p, group, piece, tile, quads, rows, ends, pieces, totals); };
+        switch (count) {
+          case 6: run(Number<6>{}); break;
+          case 5: run(Number<5>{}); break;
+          case 4: run(Number<4>{}); break;
+          case 3: run(Number<3>{}); break;
+          case 2: run(Number<2>{}); break;
+          default: run(Number<1>{}); break;
+        }
+      }
+      x += quads;
+    }
+}
+
 }  // namespace
 
 bool tame(const void* x, int64_t count, int32_t dtype) {
@@ -262,11 +410,31 @@ void by_bytes(const Product& p) {
   }
 }
 
+void prepare_eight_bits(const Preparation& p) {
+  switch (p.bits) {
+    case 1: return prepare_quads<1>(p);
+    case 2: return prepare_quads<2>(p);
+    case 3: return prepare_quads<3>(p);
+    default: return prepare_quads<4>(p);
+  }
+}
+
+void by_quads(const Product& p) {
+  switch (p.bits) {
+    case 1: return multiply_quads<1>(p);
+    case 2: return multiply_quads<2>(p);
+    case 3: return multiply_quads<3>(p);
+    default: return multiply_quads<4>(p);
+  }
+}
+
 #else  // other sets have no permute of sixty-four bytes; linear.cpp does not ask them
 
 bool tame(const void*, int64_t, int32_t) { return false; }
 void prepare_planes(const Preparation&) {}
 void by_bytes(const Product&) {}
+void prepare_eight_bits(const Preparation&) {}
+void by_quads(const Product&) {}
 
 #endif
 
