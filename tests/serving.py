@@ -92,6 +92,7 @@ class World:
 
     @property
     def engine(self) -> Engine:
+        assert isinstance(self.service.engine, Engine)
         return self.service.engine
 
     def alone(self, prompt: Sequence[int], adapter: str, tokens: int) -> str:
