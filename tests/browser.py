@@ -101,7 +101,8 @@ class Browser:
         """Set a field as a user would: its listeners hear of it."""
         self.run(
             f"(() => {{ const field = document.getElementById({json.dumps(element)});"
-            f" field.value = {json.dumps(value)}; field.dispatchEvent(new Event('input', {{bubbles: true}})); return true; }})()"
+            f" field.value = {json.dumps(value)}; field.dispatchEvent(new Event('input', {{bubbles: true}}));"
+            " return true; })()"
         )
 
     def click(self, element: str) -> None:
@@ -130,8 +131,8 @@ def browsing(profile: Path) -> Iterator[Browser]:
     read_out, write_out = os.pipe()
     flags = (
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--no-proxy-server", "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--mute-audio",
-        "--remote-debugging-pipe", f"--user-data-dir={profile}",
+        "--no-proxy-server", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        "--mute-audio", "--remote-debugging-pipe", f"--user-data-dir={profile}",
     )  # fmt: skip
     command = [sys.executable, "-S", "-c", LAUNCH, str(read_in), str(write_out), program, *flags, "about:blank"]
     process = subprocess.Popen(

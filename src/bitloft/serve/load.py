@@ -127,7 +127,7 @@ def made_up(options: LoadOptions) -> list[str]:
 
 
 def plan(base: str, adapters: Sequence[str], prompts: int, options: LoadOptions) -> list[Job]:
-    """The requests in order: models by Zipf's law over a shuffled list, prompts alike, arrivals by a Poisson process."""
+    """The requests in order: models by Zipf's law over a shuffled list, prompts alike, arrivals a Poisson process."""
     draw = random.Random(options.seed)
     order = list(adapters)
     draw.shuffle(order)
