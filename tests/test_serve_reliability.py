@@ -58,7 +58,7 @@ def crowd(world: World, directory: Path, count: int, resident: int) -> Iterator[
     for i, name in enumerate(names):
         make_adapter(directory / name, seed=100 + i, scale=1.0, base=world.base)
     one = world.service.store.find("delta").nbytes  # of the same shapes
-    options = ServeOptions(port=0, adapter_budget=str(int(one * (resident + 0.5))), max_queue=512, adapter_share=1.0)
+    options = ServeOptions(port=0, adapter_budget=str(int(one * (resident + 0.5))), max_queue=512, adapter_share=1.0, queue_seconds=300.0)
     service = open_service(world.base, directory, options, lambda line: None)
     with background(service, lambda line: None) as server, connect(server.url) as client:
         expected = {}
