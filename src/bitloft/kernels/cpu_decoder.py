@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.cpu_lora import BlockList, Blocks, Job, Lora, Rows, Segments
 from bitloft.kernels.cpu_linear import INVARIANT
+from bitloft.kernels.cpu_lora import BlockList, Blocks, Job, Lora, Rows, Segments
 from bitloft.packed import PackedTensor
 
 GROUPS = ("attention", "output", "gates", "down")  # of a layer, in the order of ``NativeLayer.groups``

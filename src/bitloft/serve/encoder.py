@@ -172,7 +172,9 @@ class Encoder:
             raise RequestError("invalid_value", f"the text holds {found}.", "input")
         if len(prompt) > self.context:
             raise RequestError(
-                "context_length_exceeded", f"a text has {len(prompt)} tokens, this model's context {self.context}.", "input"
+                "context_length_exceeded",
+                f"a text has {len(prompt)} tokens, this model's context {self.context}.",
+                "input",
             )
         with self._wake:
             if len(self._waiting) >= self.options.max_queue:
