@@ -2,8 +2,8 @@
 
 Packed adapters (r16 at 0.5 and 1.8 bits, in equal numbers) on a 2-bit base; popularity is Zipf's with exponent 1, and
 the adapters in memory are held to a quarter of all adapters' bytes. The engine runs in this process, without HTTP;
-answers are greedy and of fixed length. Adapters beyond a few are copies of packed ones with other codes: a server's work does not
-depend on what the codes say, and answers still differ by adapter.
+answers are greedy and of fixed length. Adapters beyond a few are copies of packed ones with other codes: a server's work does
+not depend on what the codes say, and answers still differ by adapter.
 
 throughput_2000_vs_5        answer tokens a second with 2,000 adapters / with 5, at saturation
 mixed32_vs_base_only        steps a second of 32 rows with 32 adapters / of 32 rows of the base (whose start runs too)
@@ -133,8 +133,8 @@ class Bench:
         largest = max(sum(f.stat().st_size for f in path.glob("adapter_model*")) for path in self.pool[:count]) + 4096
         budget = max(int(share * total), min(count, 4) * largest)  # one that no adapter fits in serves nobody
         options = ServeOptions(
-            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600, request_seconds=3600, adapter_share=1.0,
-            **settings,
+            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600,
+            request_seconds=3600, adapter_share=1.0, **settings,
         )  # fmt: skip
         store = AdapterStore(AdapterBank(self.model), self.record, "base", options)
         for path in self.pool[:count]:

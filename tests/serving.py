@@ -52,8 +52,8 @@ def make_adapters(directory: Path, base: Path) -> Path:
 
 
 def write_signature(directory: Path, base: Path, seed: int, *, scale: float = 1.0, exponent: int = 0) -> Path:
-    """A packed adapter that names itself: it poisons keys and values for everybody else, and its last layer pushes a token
-    of its own. ``exponent`` makes both factors larger by a power of two."""
+    """A packed adapter that names itself: it poisons keys and values for everybody else, and its last layer pushes a
+    token of its own. ``exponent`` makes both factors larger by a power of two."""
     generator = torch.Generator().manual_seed(seed)
     found = base_record(base)
     embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()

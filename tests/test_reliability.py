@@ -37,7 +37,7 @@ from bitloft.serve.store import AdapterStore
 from tests.serving import make_base, signatures, slowed, write_signature
 
 TOKENS = 6
-GAP = 0.02
+GAP = 0.01
 
 
 @dataclass
@@ -150,7 +150,7 @@ def wrong_answers(place: Place, requests: int, clients: int) -> tuple[int, int, 
 
 
 def test_signatures_differ_and_are_what_the_merged_weights_say(place: Place) -> None:
-    """The set-up of R1: adapters answer differently, and as plain torch does with their products added to the weights."""
+    """The set-up of R1: adapters answer differently, and as torch does with their products in the weights."""
     asked = prompts(3)
     answers = set()
     for path in place.adapters[:12]:
@@ -162,7 +162,7 @@ def test_signatures_differ_and_are_what_the_merged_weights_say(place: Place) -> 
             expected = place.expected(key, prompt)
             assert expected is None or found == expected
     assert len(answers) == 12
-    assert len(place.close) < 0.6 * len(place.known)
+    assert len(place.close) < 0.75 * len(place.known)
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def churn(place: Place, seconds: float) -> tuple[int, int]:
                 try:
                     request = engine.submit(prompt, name, Sampling(TOKENS))
                 except RequestError as error:
-                    assert error.code == "model_not_found"
+                    failures.extend([error] if error.code != "model_not_found" else [])
                     await asyncio.sleep(0.01)
                     continue
                 if chance.random() < 0.1:
@@ -303,35 +303,32 @@ class Changes(RuleBasedStateMachine):
     def add(self, name: str, version: int, replace: bool) -> None:
         path = self.place.adapters[version]
         self.place.alone(path, self.asked)
-        try:
-            self.engine.store.add(name, path, replace=replace)
-        except RequestError as error:
-            assert error.code == "adapter_exists"
-            assert name in self.names
-            assert not replace
+        if name in self.names and not replace:
+            with pytest.raises(RequestError, match="exists already"):
+                self.engine.store.add(name, path)
             return
+        self.engine.store.add(name, path, replace=replace)
         self.names[name] = read_packed(path).sha256
 
     @rule(name=st.sampled_from("abc"))
     def remove(self, name: str) -> None:
-        try:
-            self.engine.store.remove(name)
-            del self.names[name]
-        except RequestError as error:
-            assert error.code == "model_not_found"
-            assert name not in self.names
+        if name not in self.names:
+            with pytest.raises(RequestError, match="does not exist"):
+                self.engine.store.remove(name)
+            return
+        self.engine.store.remove(name)
+        del self.names[name]
 
     @rule(name=st.sampled_from("abc"), which=st.integers(0, 1))
     def ask(self, name: str, which: int) -> None:
         async def submit() -> Request:
             return self.engine.submit(self.asked[which], name, Sampling(TOKENS))
 
-        try:
-            request = self.loop.run_until_complete(submit())
-        except RequestError as error:
-            assert error.code == "model_not_found"
-            assert name not in self.names
+        if name not in self.names:
+            with pytest.raises(RequestError, match="does not exist"):
+                self.loop.run_until_complete(submit())
             return
+        request = self.loop.run_until_complete(submit())
         assert request.adapter == self.names[name]
         self.waiting.append((request, self.names[name], self.asked[which]))
 

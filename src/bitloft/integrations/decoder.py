@@ -193,7 +193,7 @@ class Decoder:
     def read(
         self, pieces: Sequence[tuple[Row, Sequence[int]]], names: Sequence[str | None]
     ) -> Float[Tensor, "pieces vocabulary"]:
-        """Append some tokens to each row, new rows and old ones in one step; returns the logits behind the last of each.
+        """Append some tokens to each row, new rows and old ones in one step; returns the logits behind each last one.
 
         Pieces of one adapter lie side by side, those of the base (None) are the last. Raises KernelError beyond the
         context; then no row has changed.

@@ -28,8 +28,8 @@ BATCH_TOKENS = 4096  # padded tokens of one forward
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of one text: ``embedding`` of unit length, or ``logits`` and their ``probabilities`` (each by itself for
-    a model of several labels at once); the other kind's are empty."""
+    """What came of one text: ``embedding`` of unit length, or ``logits`` and their ``probabilities`` (each by itself
+    for a model of several labels at once); the other kind's are empty."""
 
     embedding: list[float]
     logits: list[float]
