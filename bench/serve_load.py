@@ -1,20 +1,19 @@
 """S-LoRA's experiment: what 1 to 2,000 adapters cost a server of one base, at a fixed rate and at saturation.
 
-Packed adapters (r16 at 0.5 and 1.8 bits, in equal numbers) on a 2-bit base; popularity is Zipf's with exponent 1, and the
-adapters in memory are held to a quarter of all adapters' bytes. The engine runs in this process, without HTTP; answers are
-greedy and of fixed length. Adapters beyond a few are copies of packed ones with other codes: a server's work does not
-depend on what the codes say, and answers still differ by adapter.
+Packed adapters (r16 at 0.5 and 1.8 bits, in equal numbers) on a 2-bit base; popularity is Zipf's with exponent 1, and
+the adapters in memory are held to a quarter of all adapters' bytes. The engine runs in this process, without HTTP;
+answers are greedy and of fixed length. Adapters beyond a few are copies of packed ones with other codes: a server's work does
+not depend on what the codes say, and answers still differ by adapter.
 
 throughput_2000_vs_5        answer tokens a second with 2,000 adapters / with 5, at saturation
 mixed32_vs_base_only        steps a second of 32 rows with 32 adapters / of 32 rows of the base (whose start runs too)
 vs_peft_adapter_names       requests a second of this engine / of PEFT's generate with adapter_names, same requests
-cold_adapter_first_token_ms median time to the first token for an adapter that has to be read, less that for one that is there
+cold_adapter_first_token_ms what the first token of an adapter that has to be read takes longer (median)
 wrong_answers               answers under load that differ from the same request alone, in a fresh row
 """
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import torch
 from served import adapters as made
 from served import peft_peer
 
@@ -58,7 +56,7 @@ class Size:
 
 MODES = {
     "full": Size((1, 5, 100, 1000, 2000), 600, (16, 64), 32, 64, 200, 20),
-    "quick": Size((1, 5, 100, 1000, 2000), 160, (16, 64), 32, 32, 60, 12),
+    "quick": Size((1, 5, 100, 1000, 2000), 160, (16, 64), 32, 32, 24, 12),
     "smoke": Size((1, 3, 8), 24, (4, 12), 6, 4, 24, 3),
 }
 
@@ -135,8 +133,8 @@ class Bench:
         largest = max(sum(f.stat().st_size for f in path.glob("adapter_model*")) for path in self.pool[:count]) + 4096
         budget = max(int(share * total), min(count, 4) * largest)  # one that no adapter fits in serves nobody
         options = ServeOptions(
-            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600, request_seconds=3600, adapter_share=1.0,
-            **settings,
+            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600,
+            request_seconds=3600, adapter_share=1.0, **settings,
         )  # fmt: skip
         store = AdapterStore(AdapterBank(self.model), self.record, "base", options)
         for path in self.pool[:count]:

@@ -100,8 +100,9 @@ class Browser:
     def type(self, element: str, value: str) -> None:
         """Set a field as a user would: its listeners hear of it."""
         self.run(
-            f"(() => {{ const field = document.getElementById({json.dumps(element)}); field.value = {json.dumps(value)};"
-            " field.dispatchEvent(new Event('input', {bubbles: true})); return true; })()"
+            f"(() => {{ const field = document.getElementById({json.dumps(element)});"
+            f" field.value = {json.dumps(value)}; field.dispatchEvent(new Event('input', {{bubbles: true}}));"
+            " return true; })()"
         )
 
     def click(self, element: str) -> None:
@@ -129,9 +130,9 @@ def browsing(profile: Path) -> Iterator[Browser]:
     read_in, write_in = os.pipe()
     read_out, write_out = os.pipe()
     flags = (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--no-proxy-server",
-        "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--mute-audio",
-        "--remote-debugging-pipe", f"--user-data-dir={profile}",
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--no-proxy-server", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        "--mute-audio", "--remote-debugging-pipe", f"--user-data-dir={profile}",
     )  # fmt: skip
     command = [sys.executable, "-S", "-c", LAUNCH, str(read_in), str(write_out), program, *flags, "about:blank"]
     process = subprocess.Popen(

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from bitloft.adapters import WEIGHTS_FILE
+from bitloft.adapters import WEIGHTS_FILE, PackedBlock, PackedModule, serialize
 from bitloft.compress import compress
+from bitloft.integrations.loading import base_record
+from bitloft.kernels.ops import encode
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
 from bitloft.serve.backend import NativeRows, Piece
@@ -52,6 +54,39 @@ def make_adapters(directory: Path, base: Path) -> Path:
     (out / "outside").symlink_to(directory / "plain" / "alpha", target_is_directory=True)
     (out / "note.txt").write_text("a file is nobody's adapter", encoding="utf-8")
     return out
+
+
+def write_signature(directory: Path, base: Path, seed: int, *, scale: float = 1.0, exponent: int = 0) -> Path:
+    """A packed adapter that names itself: it poisons keys and values for everybody else, and its last layer pushes a
+    token of its own. ``exponent`` makes both factors larger by a power of two."""
+    generator = torch.Generator().manual_seed(seed)
+    found = base_record(base)
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+    widths = {"self_attn.k_proj": (64, 32), "self_attn.v_proj": (64, 32), "mlp.down_proj": (96, 64)}
+    modules = []
+    for layer in range(2):
+        for name, (columns, rows) in widths.items():
+            a = torch.randn(2, columns, generator=generator)
+            bt = torch.randn(2, rows, generator=generator) * scale / 2
+            if name == "mlp.down_proj" and layer == 1:
+                push = embedding[(60 + seed) % len(embedding)]
+                bt[0] = 8 * scale * push / push.norm()
+            block = PackedBlock(encode(a, "lm4:row"), encode(bt, "lm4:row"))
+            for side in (block.a, block.bt):
+                side.exponent.add_(exponent)
+            modules.append(PackedModule(f"model.layers.{layer}.{name}", columns, rows, (block,), rank=2))
+    values = sum(m.rank * (m.in_features + m.out_features) for m in modules)
+    record = {"base": found.fingerprint, "source": found.source, "start": "frozen", "method": {"name": "signature"},
+              "values": values, "error": 0.0}  # fmt: skip
+    directory.mkdir(parents=True)
+    for name, data in serialize({"peft_type": "LORA", "r": 2}, modules, record).items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def signatures(directory: Path, base: Path, count: int) -> list[Path]:
+    """So many signature adapters, s000, s001, ..."""
+    return [write_signature(directory / f"s{seed:03d}", base, seed) for seed in range(count)]
 
 
 def slowed(patch: pytest.MonkeyPatch, seconds: float) -> list[int]:
@@ -92,6 +127,7 @@ class World:
 
     @property
     def engine(self) -> Engine:
+        assert isinstance(self.service.engine, Engine)
         return self.service.engine
 
     def alone(self, prompt: Sequence[int], adapter: str, tokens: int) -> str:

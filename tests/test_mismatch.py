@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 
 from bitloft.adapters import read_adapter, read_packed
 from bitloft.compress import compress
@@ -20,7 +21,9 @@ from bitloft.integrations.mismatch import Gate, Mismatch, decide, mismatch_of
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import GenerateOptions, ServeOptions
 from bitloft.quantize import quantize
+from bitloft.serve.api import app
 from bitloft.serve.http import open_service
+from bitloft.serve.service import Service
 from tests.helpers import make_adapter, write_record
 
 OTHER = "f" * 64
@@ -203,6 +206,12 @@ def test_without_a_tokenizer_it_says_that_nothing_was_measured(
     assert said.endswith("not measured here: the base holds no tokenizer.")
 
 
+def cards(service: Service) -> dict[str, Any]:
+    """/v1/models by name, as a client reads it."""
+    answer = TestClient(app(service), base_url="http://localhost").get("/v1/models")
+    return {card["id"]: card for card in answer.json()["data"]}
+
+
 def test_a_server_measures_while_it_loads_and_shows_it(adapter: Path, bases: dict[int, Path], tmp_path: Path) -> None:
     served = tmp_path / "served"
     shutil.copytree(adapter, served / "plain")
@@ -213,14 +222,14 @@ def test_a_server_measures_while_it_loads_and_shows_it(adapter: Path, bases: dic
     assert service.store.names == ("same",)  # measured by default: the model is the same, the base has 4 bits
     assert any("adapter plain is not served: adapter plain was made without a fingerprint" in line for line in said)
     assert any("adapter same:" in line and "changes the loss by" in line for line in said)
-    card = service._card("same")
+    card = cards(service)["same"]
     assert "of the same model; on this base (4 bit) it changes the loss" in card["base_mismatch"]
     assert str(tmp_path) not in json.dumps(card)
-    assert "base_mismatch" not in service._card(service.store.base_name)
+    assert "base_mismatch" not in cards(service)[service.store.base_name]
     assert open_service(bases[2], served, ServeOptions(port=0), said.append).store.names == ()
     allowed = open_service(bases[2], served, ServeOptions(port=0, base_mismatch="allow"), said.append)
     assert allowed.store.names == ("plain", "same")
-    assert "without a measurement" in str(allowed.store.acquire("plain").note)
+    assert "without a measurement" in str(allowed.store.find("plain").note)
 
 
 def test_two_names_for_the_same_files_are_told_of_both(adapter: Path, bases: dict[int, Path], tmp_path: Path) -> None:
@@ -228,6 +237,6 @@ def test_two_names_for_the_same_files_are_told_of_both(adapter: Path, bases: dic
         compress(adapter, tmp_path / "served" / name, bits=4.0)
     options = ServeOptions(port=0, base_mismatch="measure")
     store = open_service(bases[2], tmp_path / "served", options, lambda line: None).store
-    assert store.acquire("one").note == store.acquire("two").note
-    assert "changes the loss" in str(store.acquire("one").note)
+    assert store.find("one").note == store.find("two").note
+    assert "changes the loss" in str(store.find("one").note)
     assert read_packed(tmp_path / "served" / "one").mismatch is None  # packed without a base: nothing to tell there

@@ -1,7 +1,6 @@
 """The native rows: pieces of prompts beside single tokens, many adapters in a step, each row as it is alone."""
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[NativeRows]:
+def rows() -> NativeRows:
     torch.manual_seed(0)
     model = packed(LlamaForCausalLM(LlamaConfig(**SIZES)))
     bank = AdapterBank(model)
@@ -35,7 +34,7 @@ def rows() -> Iterator[NativeRows]:
     bank.attach("head", packed_adapter(model, ["lm_head", "model.layers.0.self_attn.q_proj"], seed=8))
     made = backend_for(model, bank)
     assert isinstance(made, NativeRows)
-    yield made
+    return made
 
 
 def alone(rows: NativeRows, tokens: list[int], key: str | None) -> torch.Tensor:

@@ -185,13 +185,10 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     async def ask() -> str:
         return (await world.engine.submit(prompt, "alpha", Sampling(6)).collect())[0]
 
-    with (
-        caplog.at_level(logging.ERROR),
-        monkeypatch.context() as patch,
-        pytest.raises(RequestError, match="the engine failed on this request") as caught,
-    ):
+    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
         failing(patch, "out of memory")
-        run(ask())
+        with pytest.raises(RequestError, match="the engine failed on this request") as caught:
+            run(ask())
     assert caught.value.code == "engine_error"
     assert "out of memory" in caplog.text  # in the log, not in the answer
     assert run(ask()) == world.alone(prompt, "alpha", 6)

@@ -1,10 +1,14 @@
 """What Prometheus reads is what happened."""
 
+from typing import Any
+
+import openai
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bitloft.serve.http import Server
 from bitloft.serve.metrics import NAMED, Metrics
-from tests.serving import World, raw
+from tests.serving import World, connect, raw, slowed, until
 
 
 def values(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -49,6 +53,24 @@ def test_counts_and_times(world: World) -> None:
         assert one(found, "bitloft_adapter_bytes", tier="packed") == world.service.store.stats().bytes
         server.service.engine.drain()
         assert one(values(server), "bitloft_ready") == 0
+
+
+def test_clients_that_leave_are_told_from_requests_that_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(monkeypatch, 0.02)
+    with world.server_with(max_batch=1, queue_seconds=0.3) as server, connect(server.url) as client:
+        options: Any = {"model": "base", "prompt": "one", "max_tokens": 200, "temperature": 0}
+        running = client.completions.create(stream=True, **options)
+        next(iter(running))
+        with pytest.raises(openai.InternalServerError):  # waits in vain
+            client.completions.create(**options)
+        running.close()
+        until(lambda: server.service.engine.idle)
+        found = values(server)
+        assert one(found, "bitloft_cancelled_total", stage="answer") == 1
+        assert not [
+            labels for name, labels in found if name == "bitloft_cancelled_total" and ("stage", "queue") in labels
+        ]
+        assert one(found, "bitloft_engine_failed_total") == 1
 
 
 def test_names_are_labels_up_to_a_limit(world: World) -> None:

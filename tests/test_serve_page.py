@@ -62,7 +62,7 @@ def test_status(world: World) -> None:
         assert found["completion_tokens"] == 5
         assert (found["store"]["adapters"], found["store"]["resident"]) == (4, 4)
         rows = {row["name"]: row for row in found["rows"]}
-        assert list(rows)[0] == "base"
+        assert next(iter(rows)) == "base"
         assert set(NAMES) < set(rows)
         assert rows["beta"]["requests"] >= 1
         body["model"] = "base"

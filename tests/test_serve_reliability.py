@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from bitloft.convert import convert
 from bitloft.options import ServeOptions
+from bitloft.serve.engine import EngineStats
 from bitloft.serve.http import Server, background, open_service
 from tests.helpers import make_adapter
 from tests.serving import CHAT, World, connect, error_of, raw, slowed, until
@@ -57,7 +58,7 @@ def crowd(world: World, directory: Path, count: int, resident: int) -> Iterator[
     for i, name in enumerate(names):
         make_adapter(directory / name, seed=100 + i, scale=1.0, base=world.base)
     one = world.service.store.find("delta").nbytes  # of the same shapes
-    options = ServeOptions(port=0, adapter_budget=str(int(one * (resident + 0.5))), max_queue=512, adapter_share=1.0)
+    options = ServeOptions(port=0, adapter_budget=str(int(one * (resident + 0.5))), max_queue=512, adapter_share=1.0, queue_seconds=300.0)
     service = open_service(world.base, directory, options, lambda line: None)
     with background(service, lambda line: None) as server, connect(server.url) as client:
         expected = {}
@@ -162,7 +163,8 @@ def leaver(url: str, way: str, stream: bool) -> None:
     body = json.dumps(
         {"model": random.choice(("alpha", "beta", "base")), "prompt": "one two", "max_tokens": 200, "stream": stream}
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}"
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.settimeout(60)
@@ -181,6 +183,12 @@ def leaver(url: str, way: str, stream: bool) -> None:
 WAYS = ("at once", "mid-stream", "half-closed", "not reading", "reset")
 
 
+def server_cache(server: Server) -> int:
+    stats = server.service.engine.stats()
+    assert isinstance(stats, EngineStats)
+    return stats.cache_bytes
+
+
 def check_leavers(world: World, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     steps = slowed(monkeypatch, 0.005)
     with world.server_with(max_queue=1000, adapter_share=1.0, max_batch=8) as server:
@@ -188,14 +196,14 @@ def check_leavers(world: World, monkeypatch: pytest.MonkeyPatch, count: int) -> 
         engine, store = server.service.engine, server.service.store
         until(lambda: not server.server_state.connections)
         before = open_files()
-        cache = engine.stats().cache_bytes
+        cache = server_cache(server)
         threads = [threading.Thread(target=leaver, args=(server.url, WAYS[i % 5], i % 10 < 5)) for i in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
         until(lambda: engine.idle and not server.server_state.tasks and not server.server_state.connections, 10)
-        assert engine.stats().cache_bytes <= cache
+        assert server_cache(server) <= cache
         assert all(card.refs == 0 for card in (store.find(None), *store.cards()))
         assert open_files() <= before
         done = len(steps)

@@ -92,6 +92,6 @@ def test_top_p_bars_the_unlikely() -> None:
 
 
 def test_sound_rows() -> None:
-    logits = torch.zeros(4, 3)
-    logits[1, 2], logits[2, 0], logits[3, 1] = torch.nan, torch.inf, -torch.inf
-    assert sound(logits).tolist() == [True, False, False, True]
+    logits = torch.randn(5, 3)
+    logits[1, 2], logits[2, 0], logits[3, 1], logits[4] = torch.nan, torch.inf, -torch.inf, 0.0
+    assert sound(logits).tolist() == [True, False, False, True, False]

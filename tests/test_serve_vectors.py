@@ -16,6 +16,7 @@ from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
 from bitloft.serve.http import Server, background, open_service
+from tests.browser import browsing
 from tests.helpers import tiny_tokenizer, write_record
 from tests.serving import World, connect, error_of, raw
 
@@ -148,7 +149,15 @@ def test_a_base_that_writes_text_has_no_vectors(world: World) -> None:
         client.embeddings.create(model="base", input="one")
 
 
-def test_figures_and_page_of_an_encoder(embedder: Server) -> None:
+def test_the_page_of_an_encoder_has_nothing_to_compare(embedder: Server, tmp_path: Path) -> None:
+    with browsing(tmp_path / "profile") as browser:
+        browser.open(embedder.url.removesuffix("v1"))
+        browser.until("document.querySelectorAll('#rows tr').length === 3")
+        assert browser.run("document.getElementById('compare').hidden")
+        assert not browser.errors
+
+
+def test_figures_of_an_encoder(embedder: Server) -> None:
     assert raw(embedder.url, "POST", "/v1/embeddings", {"model": "second", "input": TEXTS})[0] == 200
     found = json.loads(raw(embedder.url, "GET", "/status")[2])
     assert not found["completes"]

@@ -1,7 +1,7 @@
 """The same requests through PEFT: its generate with adapter_names, in batches of 32 rows in order of arrival.
 
-The base is the model in float32 (bfloat16 is slower on processors without bfloat16 products), the adapters are the packed
-ones' values, in PEFT's own layers. All answers have one length, so that no row waits for a longer one.
+The base is the model in float32 (bfloat16 is slower on processors without bfloat16 products), the adapters are the
+packed ones' values, in PEFT's own layers. All answers have one length, so that no row waits for a longer one.
 """
 
 import time

@@ -27,6 +27,7 @@ from bitloft.modules.multi import AdapterBank
 TAKEN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
 HEAD = "lm_head"
+HEAD_ROWS = 32  # of a product of the head that does not depend on the batch
 POSITIONS = 2048  # of the first table of angles; it is doubled when a row comes to its end
 
 
@@ -132,6 +133,7 @@ class Decoder:
         self.bank = bank or AdapterBank(model)
         self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
         body, config = self.model.model, self.model.config
+        self._invariant: bool = body.layers[0].self_attn.q_proj.batch_invariant
         self.context: int = config.max_position_embeddings
         self._cache = (config.num_hidden_layers, config.num_key_value_heads, 0, _head_width(config))
         self._native = NativeDecoder(
@@ -140,11 +142,12 @@ class Decoder:
             heads=(config.num_attention_heads, config.num_key_value_heads, _head_width(config)),
             eps=config.rms_norm_eps,
             scale=body.layers[0].self_attn.scaling,
-            invariant=body.layers[0].self_attn.q_proj.batch_invariant,
+            invariant=self._invariant,
         )
         self.modules = (*self._native.names, HEAD)
         self._roster = self._native.roster(0, 0)
         self._positions(min(POSITIONS, self.context))
+        self._head_rows = self._steady()
 
     @torch.no_grad()
     def prefill(
@@ -194,7 +197,7 @@ class Decoder:
     def read(
         self, pieces: Sequence[tuple[Row, Sequence[int]]], names: Sequence[str | None]
     ) -> Float[Tensor, "pieces vocabulary"]:
-        """Append some tokens to each row, new rows and old ones in one step; returns the logits behind the last of each.
+        """Append some tokens to each row, new rows and old ones in one step; returns the logits behind each last one.
 
         Pieces of one adapter lie side by side, those of the base (None) are the last. Raises KernelError beyond the
         context; then no row has changed.
@@ -233,12 +236,31 @@ class Decoder:
     def _head(
         self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None]
     ) -> Float[Tensor, "rows vocabulary"]:
-        if any(int(one.table[-1, 0]) for one in self._in_use):  # an adapter touches the head
-            with self.bank.rows(names):
-                logits: Tensor = self.model.lm_head(hidden)
-        else:
-            logits = self.model.lm_head(hidden)
+        if not any(int(one.table[-1, 0]) for one in self._in_use):
+            return self._logits(hidden)
+        with self.bank.rows(names):  # an adapter touches the head: its deltas follow the rows of the call
+            logits: Tensor = self.model.lm_head(hidden)
         return logits
+
+    def _logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+        """The head's product. torch's own differs with the number of rows in its last bits, so that ``batch_invariant``
+        has it see always the same number, or one at a time where ``_steady`` finds that this does not help."""
+        head = self.model.lm_head
+        if not self._invariant or isinstance(head, QuantLinear):
+            found: Tensor = head(hidden)
+            return found
+        blocks = hidden.split(self._head_rows)
+        return torch.cat([head(pad(block, (0, 0, 0, self._head_rows - len(block))))[: len(block)] for block in blocks])
+
+    @torch.no_grad()
+    def _steady(self) -> int:
+        """Rows of the head's products: HEAD_ROWS, if a row then gets the same bits wherever it lies, else one."""
+        head = self.model.lm_head
+        if not self._invariant or isinstance(head, QuantLinear):
+            return 1
+        x = torch.randn(HEAD_ROWS, head.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        straight, turned = head(x), head(x.flip(0)).flip(0)
+        return HEAD_ROWS if torch.equal(straight, turned) else 1
 
     def _know_positions(self, most: int) -> None:
         if most > self._native.positions:

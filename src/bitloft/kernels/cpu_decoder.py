@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
-from bitloft.kernels.cpu_lora import BlockList, Blocks, Job, Lora, Rows, Segments
 from bitloft.kernels.cpu_linear import INVARIANT
+from bitloft.kernels.cpu_lora import BlockList, Blocks, Job, Lora, Rows, Segments
 from bitloft.packed import PackedTensor
 
 GROUPS = ("attention", "output", "gates", "down")  # of a layer, in the order of ``NativeLayer.groups``
@@ -61,7 +61,7 @@ def caches_of(rows: Sequence[tuple[Any, int]]) -> "ctypes.Array[_Cache]":
     for row, count in rows:
         keys, values, capacity = row.keys.data_ptr(), row.values.data_ptr(), row.values.shape[2]
         for length in range(row.length, row.length + count):
-            found[at] = (keys, values, capacity, length)
+            found[at] = _Cache(keys, values, capacity, length)
             at += 1
     return found
 
@@ -242,8 +242,8 @@ def _matrices(group: Sequence[Projection]) -> "tuple[ctypes.Array[cpu.Matrix], c
 class Roster:
     """Which rows take which adapter, changed between steps without describing anything again.
 
-    The structs of all layers point into one table [linears, segments, 2] of (count, blocks); a segment that gets another
-    adapter is one column of it. The last segment has no adapter.
+    The structs of all layers point into one table [linears, segments, 2] of (count, blocks); a segment that gets
+    another adapter is one column of it. The last segment has no adapter.
     """
 
     def __init__(self, decoder: NativeDecoder, segments: int, rows: int) -> None:

@@ -17,7 +17,6 @@ from bitloft.kernels.lora import Block, Factor, values
 from bitloft.modules.described import Described, describe, described_blocks
 from bitloft.packed import PackedTensor
 
-
 SAFE_EXPONENT = 90  # scales are finite halves, below 2**16, as levels are: products stay finite up to here
 
 

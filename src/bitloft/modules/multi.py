@@ -198,8 +198,8 @@ class AdapterBank:
         return name
 
     def _check(self, name: str, module: str, widths: tuple[int, int], held: Held | None) -> None:
-        """Raise AdapterError unless the module is there, linear, as wide, and its blocks (where ``held`` is given) fit and
-        are finite."""
+        """Raise AdapterError unless the module is there, linear, as wide, and its blocks (with ``held``) fit and are
+        finite."""
         try:
             linear = self.model.get_submodule(module)
         except AttributeError:

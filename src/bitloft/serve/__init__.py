@@ -1,1 +1,1 @@
-"""Serving: store (adapters by name), engine (rows that decode together), api (the OpenAI shape), http (the server)."""
+"""Serving: store (adapters by name), engine (rows computed together), api (the OpenAI shape), http (the server)."""

@@ -6,8 +6,8 @@
                           ^ end      the last slot of every row is its newest token, so a step appends one slot for all
 
 A prompt is read in pieces into a cache of its own; with its first answer token the row joins: its keys and values are
-copied behind the others' rows, once. A row that leaves is replaced by the last one. Room doubles when it is used up; when
-the end reaches the last slot, padding that all rows share is squeezed out first. So what a token costs in copies is
+copied behind the others' rows, once. A row that leaves is replaced by the last one. Room doubles when it is used up;
+when the end reaches the last slot, padding that all rows share is squeezed out first. So what a token costs in copies is
 bounded, where caches that are padded, cut and concatenated anew copy everything at every join.
 """
 
@@ -78,8 +78,8 @@ class ModelRows:
     """A causal model as the engine uses it (``backend.Backend``). Runs without gradients."""
 
     def __init__(self, model: PreTrainedModel, bank: AdapterBank, *, batch_invariant: bool = False) -> None:
-        """Raises CheckpointError for a model whose cache is not plain keys and values (state-space layers and such), and
-        with ``batch_invariant``: the products of other layers than ours follow the size of the batch."""
+        """Raises CheckpointError for a model whose cache is not plain keys and values (state-space layers and such),
+        and with ``batch_invariant``: the products of other layers than ours follow the size of the batch."""
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION
         if kinds:

@@ -132,7 +132,8 @@ async def _whole(found: Outcome, pieces: AsyncIterator[Any]) -> None:
     found.status = head.status_code
     data = json.loads(b"".join([bytes(piece) async for piece in pieces]))
     if found.status != 200:
-        return _refused(found, head, data)
+        _refused(found, head, data)
+        return
     choice = data["choices"][0]
     found.text, found.finish = choice["text"], choice["finish_reason"]
     found.tokens = data["usage"]["completion_tokens"]
@@ -142,7 +143,8 @@ async def _streamed(found: Outcome, pieces: AsyncIterator[Any]) -> None:
     head = await anext(pieces)
     found.status = head.status_code
     if found.status != 200:
-        return _refused(found, head, json.loads(b"".join([bytes(piece) async for piece in pieces])))
+        _refused(found, head, json.loads(b"".join([bytes(piece) async for piece in pieces])))
+        return
     rest, done = b"", False
     async for piece in pieces:
         *frames, rest = (rest + bytes(piece)).split(b"\n\n")

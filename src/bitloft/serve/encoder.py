@@ -28,8 +28,8 @@ BATCH_TOKENS = 4096  # padded tokens of one forward
 
 @dataclass(frozen=True)
 class Encoded:
-    """What came of one text: ``embedding`` of unit length, or ``logits`` and their ``probabilities`` (each by itself for
-    a model of several labels at once); the other kind's are empty."""
+    """What came of one text: ``embedding`` of unit length, or ``logits`` and their ``probabilities`` (each by itself
+    for a model of several labels at once); the other kind's are empty."""
 
     embedding: list[float]
     logits: list[float]
@@ -172,7 +172,9 @@ class Encoder:
             raise RequestError("invalid_value", f"the text holds {found}.", "input")
         if len(prompt) > self.context:
             raise RequestError(
-                "context_length_exceeded", f"a text has {len(prompt)} tokens, this model's context {self.context}.", "input"
+                "context_length_exceeded",
+                f"a text has {len(prompt)} tokens, this model's context {self.context}.",
+                "input",
             )
         with self._wake:
             if len(self._waiting) >= self.options.max_queue:

@@ -261,7 +261,8 @@ class Engine:
         """Give rows to those who wait, while there are rows and memory."""
         room = self.cache_budget - self._running.cache_bytes
         while len(self._running.requests) < self.options.max_batch:
-            request = self._scheduler.take(lambda r: self.backend.bytes_for(r.total) <= room)
+            left = room
+            request = self._scheduler.take(lambda r, left=left: self.backend.bytes_for(r.total) <= left)  # type: ignore[misc]
             if request is None:
                 return
             request.started = time.monotonic()

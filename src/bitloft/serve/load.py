@@ -24,9 +24,10 @@ from bitloft.serve.client import Outcome, Target, ask, get
 
 QUANTILES = (50, 95, 99)
 WORDS = (
-    "river stone paper window garden engine morning winter market letter music forest bridge island village kitchen "
-    "story number light water field horse ship clock road door cloud mountain valley color"
-).split()
+    "river", "stone", "paper", "window", "garden", "engine", "morning", "winter", "market", "letter", "music",
+    "forest", "bridge", "island", "village", "kitchen", "story", "number", "light", "water", "field", "horse", "ship",
+    "clock", "road", "door", "cloud", "mountain", "valley", "color",
+)  # fmt: skip
 
 Key = tuple[str, int]  # model, index of the prompt
 Tell = Callable[[int, int, str], None]  # done, of, what
@@ -103,7 +104,7 @@ def _is_loopback(target: Target) -> bool:
 
 
 async def models(target: Target) -> tuple[str, list[str]]:
-    """The base and the adapters that the server lists. Raises BitloftError where it does not answer as it should."""
+    """The base and the adapters that the server lists. Raises BitloftError where it does not answer."""
     try:
         status, data = await get(target, "/v1/models")
         if status == 200:
@@ -126,7 +127,7 @@ def made_up(options: LoadOptions) -> list[str]:
 
 
 def plan(base: str, adapters: Sequence[str], prompts: int, options: LoadOptions) -> list[Job]:
-    """The requests in order: models by Zipf's law over a shuffled list, prompts alike, arrivals by a Poisson process."""
+    """The requests in order: models by Zipf's law over a shuffled list, prompts alike, arrivals a Poisson process."""
     draw = random.Random(options.seed)
     order = list(adapters)
     draw.shuffle(order)

@@ -68,14 +68,16 @@ class Metrics:
             self._wait.observe(work.started - work.accepted)
         if work.first is not None:
             self._first.observe(work.first - work.accepted)
-        if work.finished is None or work.first is None:
-            if work.cancelled:
-                stage = "queue" if work.started is None else "prompt" if work.first is None else "answer"
-                self._left.labels(stage).inc()
-            return
-        self._whole.observe(work.finished - work.accepted)
+        if work.finished is None:
+            stage = "queue" if work.started is None else "prompt" if work.first is None else "answer"
+            self._left.labels(stage).inc()
+        elif work.first is not None:
+            self._answered(work, work.first, work.finished)
+
+    def _answered(self, work: Request, first: float, finished: float) -> None:
+        self._whole.observe(finished - work.accepted)
         if len(work.tokens) > 1:
-            self._token.observe((work.finished - work.first) / (len(work.tokens) - 1))
+            self._token.observe((finished - first) / (len(work.tokens) - 1))
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""

@@ -64,5 +64,6 @@ def nucleus(
 
 
 def sound(logits: Float[Tensor, "rows vocabulary"]) -> Bool[Tensor, " rows"]:
-    """Rows without NaN and +infinity; -infinity is how a model says never."""
-    return (logits < torch.inf).all(-1)
+    """Rows without NaN and +infinity (-infinity is how a model says never), and not all one number: that is what is
+    left of a hidden state whose square overflowed."""
+    return (logits < torch.inf).all(-1) & (logits.amax(-1) > logits.amin(-1))

@@ -117,7 +117,7 @@ class Scheduler:
         self._forget(request.adapter)
 
     def _forget(self, key: str | None) -> None:
-        """Versions come and go for months: one that is idle keeps nothing but a counter that is ahead of the others'."""
+        """Versions come and go for months: one that is idle keeps only a counter that is ahead of the others'."""
         if not self._queues.get(key):
             self._queues.pop(key, None)
         if not self._running.get(key):
