@@ -66,7 +66,10 @@ def test_the_predicted_error_of_a_component_is_the_stored_one(bits: int) -> None
     coded = code(exact)
     (blocks,) = pack([coded], [torch.tensor([bits])])
     assert product_error(exact, blocks) == pytest.approx(float(coded.errors[bits, 0]), rel=2e-3)
-    assert str(blocks[0].a.format) == ("sign:row" if bits == 1 else f"lm{bits}:row")
+    assert str(blocks[0].a.format) == f"trellis{bits}:row"
+    (scalar,) = pack([code(exact, "scalar")], [torch.tensor([bits])])
+    assert str(scalar[0].a.format) == ("sign:row" if bits == 1 else f"lm{bits}:row")
+    assert product_error(exact, blocks) < 0.85 * product_error(exact, scalar)
     assert str(blocks[0].bt.format) == ("sign:unit" if bits == 1 else f"lm{bits}:unit")
 
 
