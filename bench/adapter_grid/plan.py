@@ -19,7 +19,9 @@ OURS, THEIRS, PLAIN = "waterfill", "loraquant 2@0.8", "waterfill blind"
 SAME = "loraquant's bits"
 JOINT, DISTILLED = "joint", "waterfill distilled"
 SCALAR = "waterfill scalar"  # the ablation of its codes
-CODE = "trellis"  # of the other ways of water-filling; part of their cells' keys, so cells of other codes are not theirs
+CODE = (
+    "trellis"  # of the other ways of water-filling; part of their cells' keys, so cells of other codes are not theirs
+)
 DISTILL = 40  # steps
 
 
@@ -126,7 +128,9 @@ def ways(mode: str) -> Iterator[Way]:
 def _more() -> Iterator[Way]:
     """What only the whole grid has."""
     yield Way(DISTILLED, 0.5, {"bits": 0.5, "refine": False, "distill": DISTILL}, moments=True)
-    yield from (Way(SCALAR, size, {"bits": size, "code": "scalar", "refine": False}, moments=True) for size in SIZES[:2])
+    yield from (
+        Way(SCALAR, size, {"bits": size, "code": "scalar", "refine": False}, moments=True) for size in SIZES[:2]
+    )
     yield from (Way("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (2, 4))
     yield Way("truncate 16", 2, {"method": "truncate", "rank": 2})
     yield Way("loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9})
