@@ -52,8 +52,8 @@ def write(directory: Path, modules: list[PackedModule], **changes: Any) -> Path:
 
 
 FORMATS = st.tuples(
-    st.sampled_from(["lm2:row", "sign:row", "uniform3:128", "lm4:64", "sign:128"]),
-    st.sampled_from(["lm2:unit", "sign:unit", "uniform2:128", "lm3:row"]),
+    st.sampled_from(["lm2:row", "sign:row", "uniform3:128", "lm4:64", "sign:128", "trellis3:row"]),
+    st.sampled_from(["lm2:unit", "sign:unit", "uniform2:128", "lm3:row", "trellis2:unit"]),
     st.integers(1, 5),
 )
 SHAPES = st.lists(

@@ -23,7 +23,8 @@ PAIRS = [
     ("sign:row", "lm2:unit"), ("lm4:row", "lm3:unit"), ("uniform2:128", "uniform2:128"),
     ("uniform3:128", "uniform3:128"), ("uniform4:64", "uniform4:128"), ("sign:128", "sign:128"),
     ("int8:row", "int8:row"), ("half:row", "half:unit"), ("lm4:64", "lm4:64"), ("nf4:64+dq", "nf4:64"),
-    ("uniform2:row", "uniform3:row"),
+    ("uniform2:row", "uniform3:row"), ("trellis1:row", "trellis2:unit"), ("trellis2:row", "trellis1:unit"),
+    ("trellis3:row", "trellis4:unit"), ("trellis4:row", "trellis3:unit"), ("trellis2:row", "lm2:unit"),
 ]  # fmt: skip
 ODD = [
     ("lm3:8", "nf4:24"), ("uniform3:40", "sign:16"), ("book2:64", "book3:72"), ("lm2:64+shift", "uniform2:tensor"),

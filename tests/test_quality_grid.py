@@ -105,6 +105,9 @@ def test_cells_of_another_effort_are_other_cells() -> None:
     one = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.FULL)
     other = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.Effort(80, plan.FULL.rows))
     assert one.name != other.name
+    assert one.key("waterfill", 0.5)["code"] == "trellis"  # cells of scalar codes, which have no such key, are not its
+    assert one.key("waterfill scalar", 0.5)["code"] == "scalar"
+    assert "code" not in one.key("loraquant 2@0.8")
     assert one.key("full") != other.key("full")
     assert one.alone.key("base") == other.alone.key("base")  # the base alone was not trained
 

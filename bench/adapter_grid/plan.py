@@ -18,7 +18,18 @@ RANK = 16
 OURS, THEIRS, PLAIN = "waterfill", "loraquant 2@0.8", "waterfill blind"
 SAME = "loraquant's bits"
 JOINT, DISTILLED = "joint", "waterfill distilled"
+SCALAR = "waterfill scalar"  # the ablation of its codes
+CODE = (
+    "trellis"  # of the other ways of water-filling; part of their cells' keys, so cells of other codes are not theirs
+)
 DISTILL = 40  # steps
+
+
+def code_key(method: str) -> Key:
+    """What a cell's key says of its codes; methods that never changed theirs say nothing."""
+    if not method.startswith(OURS):
+        return {}
+    return {"code": "scalar" if method == SCALAR else CODE}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Setting:
     def key(self, method: str, asked: object = "") -> Key:
         """What its cell is known by."""
         named = {"base": self.base, "task": self.task, "rank": self.rank, "seed": self.seed, "start": self.start}
-        return named | {"steps": self.effort.steps, "rows": self.effort.rows, "method": method, "asked": asked}
+        effort = {"steps": self.effort.steps, "rows": self.effort.rows}
+        return named | effort | {"method": method, "asked": asked} | code_key(method)
 
     @property
     def alone(self) -> "Setting":
@@ -116,6 +128,9 @@ def ways(mode: str) -> Iterator[Way]:
 def _more() -> Iterator[Way]:
     """What only the whole grid has."""
     yield Way(DISTILLED, 0.5, {"bits": 0.5, "refine": False, "distill": DISTILL}, moments=True)
+    yield from (
+        Way(SCALAR, size, {"bits": size, "code": "scalar", "refine": False}, moments=True) for size in SIZES[:2]
+    )
     yield from (Way("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (2, 4))
     yield Way("truncate 16", 2, {"method": "truncate", "rank": 2})
     yield Way("loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9})

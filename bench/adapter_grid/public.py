@@ -8,7 +8,7 @@ from typing import Any
 import harness
 
 from adapter_grid.loose import LOOSE, loose
-from adapter_grid.plan import PLAIN, SAME, THEIRS, Way
+from adapter_grid.plan import PLAIN, SAME, THEIRS, Way, code_key
 from bitloft.adapters import WEIGHTS_FILE, read_adapter
 from bitloft.compress import compress
 from bitloft.errors import OptionError
@@ -28,7 +28,8 @@ def public(cells: harness.Cells) -> dict[str, dict[str, Any]]:
     """By adapter: the ratio of errors at LoRAQuant's bits, and true bits and error of every way that has a cell."""
     rows: dict[str, dict[tuple[str, object], dict[str, Any]]] = {}
     for cell in cells:
-        if "public" in cell["key"] and "error" in cell:
+        current = cell["key"].items() >= code_key(cell["key"]["method"]).items()
+        if "public" in cell["key"] and "error" in cell and current:
             method = cell["key"]["method"], cell["key"]["asked"]
             rows.setdefault(cell["key"]["public"], {})[method] = cell
     return {
@@ -48,7 +49,7 @@ def _ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> float 
 
 
 def _cell(cells: harness.Cells, source: Path, way: Way) -> dict[str, Any]:
-    key = {"public": source.name, "method": way.method, "asked": way.asked, "judged": False}
+    key = {"public": source.name, "method": way.method, "asked": way.asked, "judged": False} | code_key(way.method)
     return cells.get(key, lambda: _measured(source, way) | {"settings": way.settings, "commit": harness.commit()})
 
 

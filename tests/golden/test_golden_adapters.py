@@ -18,10 +18,37 @@ from bitloft.adapters import PackedModule, read_packed
 from bitloft.kernels.ops import decode
 
 HERE = Path(__file__).parent
-NAMES = ["adapter-waterfill-1", "adapter-loraquant-1", "adapter-waterfill-2", "adapter-int8-1", "adapter-half-1"]
+NAMES = ["adapter-waterfill-1", "adapter-loraquant-1", "adapter-waterfill-2", "adapter-int8-1", "adapter-half-1",
+         "adapter-trellis-1"]  # fmt: skip
 LLOYD_MAX = {2: (0.452780, 1.510418), 3: (0.245094, 0.756005, 1.343909, 2.151946),
              4: (0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590)}  # fmt: skip
+TAPS = {
+    1: (0x1A7, 0x086, 0x054, 0x1D7),
+    2: (0x146, 0x0E4, 0x04A, 0x1DF),
+    3: (0x0AC, 0x0D6, 0x157),
+    4: (0x064, 0x1D6, 0x0ED),
+}
+UPPER = {
+    1: "19 14 35 35 57 60 87 127",
+    2: "4 5 13 13 22 25 32 35 43 47 55 59 72 80 93 127",
+    3: "2 6 10 15 19 24 28 33 38 44 51 57 66 78 96 127",
+    4: "1 2 5 6 8 10 12 14 15 17 20 22 23 25 28 30 32 34 37 39 42 44 47 51 54 58 63 69 77 87 103 127",
+}  # fmt: skip
 Rows = list[list[float]]
+
+
+def walked(codes: bytes, bits: int) -> list[float]:
+    """The levels of one row of trellis codes."""
+    planes = [unpacked(codes[i : i + len(codes) // bits], 1) for i in range(0, len(codes), len(codes) // bits)]
+    upper = [int(level) for level in UPPER[bits].split()]
+    levels = [*(-x for x in reversed(upper)), *upper]
+    found = []
+    for t in range(len(planes[0])):
+        window = sum(planes[0][t - d] << d for d in range(9))
+        subset = sum((window & tap).bit_count() % 2 << j for j, tap in enumerate(TAPS[bits]))
+        p = sum(plane[t] << i for i, plane in enumerate(planes[1:]))
+        found.append(levels[subset + (p << len(TAPS[bits]))] / 64)
+    return found
 
 
 def unpacked(data: bytes, bits: int) -> list[int]:
@@ -37,7 +64,7 @@ class Stored:
     def __init__(self, spelling: str, rows: int, width: int, exponent: int) -> None:
         family, group = spelling.split(":")
         self.bits = {"sign": 1, "half": 16}.get(family) or int(family[-1])
-        self.family, self.rows, self.width, self.exponent = family.rstrip("2348"), rows, width, exponent
+        self.family, self.rows, self.width, self.exponent = family.rstrip("12348"), rows, width, exponent
         unit = int(group) if group.isdigit() else 8
         self.padded = -(-width // unit) * unit
         self.groups = self.padded // unit if group.isdigit() else {"row": 1, "unit": 0}[group]
@@ -61,6 +88,8 @@ class Stored:
             stored: list[float] = list(struct.unpack(f"<{self.padded}e", codes))
         elif self.family == "int":
             stored = [byte - 128.0 for byte in codes]
+        elif self.family == "trellis":
+            stored = walked(codes, self.bits)
         elif self.family == "uniform":
             points = unpacked(zeros, self.zero_bits)
             stored = [
@@ -134,6 +163,12 @@ def test_products_are_those_written_down(name: str) -> None:
 def test_every_width_occurs() -> None:
     widths = {b.a.format.bits for m in read_packed(HERE / NAMES[0]).modules.values() for b in m.blocks}
     assert widths == {1, 2, 3, 4}
+
+
+def test_every_width_of_trellis_codes_occurs() -> None:
+    blocks = [b for m in read_packed(HERE / "adapter-trellis-1").modules.values() for b in m.blocks]
+    assert {(b.a.format.family, b.bt.format.family) for b in blocks} == {("trellis", "trellis")}
+    assert {side.format.bits for b in blocks for side in (b.a, b.bt)} == {1, 2, 3, 4}
 
 
 def test_sides_of_different_widths_occur() -> None:

@@ -70,7 +70,7 @@ struct Lie {
       case 1: *sizes[in.below(5)] += in.below(33) - 16; break;
       case 2: *bytes[in.below(5)] = in.below(5000); break;
       case 3: m.bits = static_cast<int32_t>(in.below(18)); break;
-      case 4: m.flags ^= 1 << in.below(4); break;
+      case 4: m.flags ^= 1 << in.below(5); break;
       default: m.zeros = m.zeros == nullptr ? reinterpret_cast<const uint8_t*>(this) : nullptr; break;
     }
   }
@@ -110,6 +110,10 @@ void use(Input& in) {
   for (float& v : x) v = static_cast<float>(in.take<int16_t>());
   const float given[2] = {in.take<float>(), in.take<float>()};
   bl_encode(x.data(), values, &m, static_cast<int>(in.below(9)) - 1, in.below(2) != 0 ? given : nullptr, 1);
+  std::vector<float> scales(static_cast<size_t>(m.rows));
+  std::vector<float> weights(static_cast<size_t>(m.columns), in.take<float>());
+  bl_encode_trellis(x.data(), in.below(2) != 0 ? weights.data() : nullptr, m.rows, m.columns, m.bits, lie.codes.get(), m.codes_bytes,
+                    in.below(2) != 0 ? scales.data() : nullptr, 1);
   bl_matrix arranged = m;
   bl_arrange(&arranged, lie.codes.get(), in.below(2) != 0 ? lie.scales.get() : nullptr, static_cast<int>(in.below(2)), 1);
 }

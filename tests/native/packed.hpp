@@ -44,6 +44,7 @@ struct Kind {
   bool dq, shift;
   int rule;
   bool zeros, learned;
+  bool trellis = false;
 };
 
 // The families of formats.py, with each suffix somewhere.
@@ -67,6 +68,10 @@ inline const std::vector<Kind>& kinds() {
       {"uniform3:8", 3, 8, false, false, BL_RANGE_SEARCHED, true, false},
       {"uniform4:64+dq+shift", 4, 64, true, true, BL_RANGE, false, false},
       {"uniform2:tensor", 2, -2, false, true, BL_RANGE, false, false},
+      {"trellis1:row", 1, 0, false, false, BL_GIVEN, false, false, true},
+      {"trellis2:unit", 2, -1, false, false, BL_GIVEN, false, false, true},
+      {"trellis3:row", 3, 0, false, false, BL_GIVEN, false, false, true},
+      {"trellis4:row", 4, 0, false, false, BL_GIVEN, false, false, true},
   };
   return all;
 }
@@ -87,7 +92,7 @@ struct Packed {
     const bool whole = kind.group == -2;
     const int64_t scaled = (whole ? (rows > 0 ? 1 : 0) : rows) * groups;
     m.rows = rows, m.columns = columns, m.width = width, m.group = kind.group > 0 ? kind.group : width, m.groups = groups;
-    m.bits = kind.bits, m.flags = (kind.dq ? BL_DQ : 0) | (whole ? BL_TENSOR : 0);
+    m.bits = kind.bits, m.flags = (kind.dq ? BL_DQ : 0) | (whole ? BL_TENSOR : 0) | (kind.trellis ? BL_TRELLIS : 0);
     m.codes_bytes = rows * (width * kind.bits / 8);
     codes = bytes(m.codes_bytes), m.codes = codes.get();
     m.scales_bytes = scaled * (kind.dq ? 1 : 2);
@@ -113,7 +118,7 @@ struct Packed {
       for (int i = 0; i < count; ++i) levels[static_cast<size_t>(i)] = static_cast<float>(i);
     if (kind.bits == 8)
       for (int i = 0; i < count; ++i) levels[static_cast<size_t>(i)] = static_cast<float>(i - 128);
-    m.levels = levels.get();
+    m.levels = kind.trellis ? nullptr : levels.get();
     if (kind.learned) {
       learned.reset(new uint16_t[static_cast<size_t>(count)]);
       for (int i = 0; i < count; ++i)  // -1, -6/7, ... are not halves; powers of two are
@@ -131,6 +136,7 @@ struct Packed {
   }
 
   void encode(const std::vector<float>& x, int threads = 1) {
+    if (m.flags & BL_TRELLIS) return walk(x, threads);
     const bool whole = (m.flags & BL_TENSOR) != 0;
     const float given[2] = {0.5f, -0.75f};
     if (whole && m.rows > 0 && m.columns > 0) {
@@ -140,6 +146,26 @@ struct Packed {
     }
     const int status = bl_encode(x.data(), m.rows * m.columns, &m, rule, whole ? given : nullptr, threads);
     CHECK(status == 0, "encode %lld x %lld, %d bits", (long long)m.rows, (long long)m.columns, m.bits);
+  }
+
+  // Trellis codes; the caller of the library rounds their scales.
+  void walk(const std::vector<float>& x, int threads) {
+    std::vector<float> found(static_cast<size_t>(m.rows));
+    const int status = bl_encode_trellis(x.data(), nullptr, m.rows, m.columns, m.bits, codes.get(), m.codes_bytes,
+                                         m.groups > 0 ? found.data() : nullptr, threads);
+    CHECK(status == 0, "encode %lld x %lld, trellis of %d bits", (long long)m.rows, (long long)m.columns, m.bits);
+    *exponent = 0;
+    for (int64_t row = 0; m.groups > 0 && row < m.rows; ++row) {
+      const uint16_t half = half_of(found[static_cast<size_t>(row)]);
+      std::memcpy(scales.get() + 2 * row, &half, 2);
+    }
+  }
+
+  // fp16 of a number between 2^-14 and 2, cut off; 0 below.
+  static uint16_t half_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return x < 0x1p-14f ? 0 : static_cast<uint16_t>((bits - 0x38000000u) >> 13);
   }
 
   std::vector<float> decoded() const {

@@ -8,9 +8,10 @@ A row of n values in k bits is k planes of n bits (``packed.pack_planes``), read
 A scalar code has 2**k levels for a value whatever its neighbours are. Here a value has four to sixteen times as many,
 and nine neighbouring bits decide together which of them can be had (trellis coded quantization: Marcellin and Fischer
 1990; taps on a sliding window as in QTIP, arXiv 2406.11235). Squared error on a standard normal, against Lloyd-Max:
-0.271 and 0.363 at one bit, 0.071 and 0.118 at two, 0.0193 and 0.0345 at three, 0.0052 and 0.0095 at four
-(``bench/trellis_code.py``, which also made taps and levels). Only one bit a value enters the window, so 256 states serve
-all widths and codes are found by one Viterbi walk; the alternative, all k bits in the window, forgets k times as fast.
+0.271 and 0.363 at one bit, 0.071 and 0.118 at two, 0.0191 and 0.0345 at three, 0.0051 and 0.0095 at four
+(``bench/trellis_code.py``, which also makes taps and levels). Only one bit a value enters the window, so 256 states
+serve all widths and codes are found by one Viterbi walk; the alternative, all k bits in the window, forgets k times as
+fast.
 
 What is here is the definition, in plain torch; ``cpu_trellis`` gives the same bytes and values.
 """
@@ -44,144 +45,16 @@ TAPS = {
     3: (0x0AC, 0x0D6, 0x157),
     4: (0x064, 0x1D6, 0x0ED),
 }
-# Levels by subset, 2**len(TAPS) of them, and then by p, in units of LEVEL_UNIT. The code is its own mirror image.
-LEVELS = {
-    1: (-127, -87, -60, -57, -35, -35, -14, -19, 19, 14, 35, 35, 57, 60, 87, 127),
-    2: (
-        -127,
-        -93,
-        -80,
-        -72,
-        -59,
-        -55,
-        -47,
-        -43,
-        -35,
-        -32,
-        -25,
-        -22,
-        -13,
-        -13,
-        -5,
-        -4,
-        4,
-        5,
-        13,
-        13,
-        22,
-        25,
-        32,
-        35,
-        43,
-        47,
-        55,
-        59,
-        72,
-        80,
-        93,
-        127,
-    ),  # fmt: skip
-    3: (
-        -127,
-        -96,
-        -78,
-        -66,
-        -57,
-        -51,
-        -44,
-        -38,
-        -33,
-        -28,
-        -24,
-        -19,
-        -15,
-        -10,
-        -6,
-        -2,
-        2,
-        6,
-        10,
-        15,
-        19,
-        24,
-        28,
-        33,
-        38,
-        44,
-        51,
-        57,
-        66,
-        78,
-        96,
-        127,
-    ),  # fmt: skip
-    4: (
-        -127,
-        -103,
-        -87,
-        -77,
-        -69,
-        -63,
-        -58,
-        -54,
-        -51,
-        -47,
-        -44,
-        -42,
-        -39,
-        -37,
-        -34,
-        -32,
-        -30,
-        -28,
-        -25,
-        -23,
-        -22,
-        -20,
-        -17,
-        -15,
-        -14,
-        -12,
-        -10,
-        -8,
-        -6,
-        -5,
-        -2,
-        -1,
-        1,
-        2,
-        5,
-        6,
-        8,
-        10,
-        12,
-        14,
-        15,
-        17,
-        20,
-        22,
-        23,
-        25,
-        28,
-        30,
-        32,
-        34,
-        37,
-        39,
-        42,
-        44,
-        47,
-        51,
-        54,
-        58,
-        63,
-        69,
-        77,
-        87,
-        103,
-        127,
-    ),  # fmt: skip
-}
+# Levels by subset, 2**len(TAPS) of them, and then by p, in units of LEVEL_UNIT: the upper half, whose mirror image is
+# the lower one.
+_POSITIVE = {
+    1: (19, 14, 35, 35, 57, 60, 87, 127),
+    2: (4, 5, 13, 13, 22, 25, 32, 35, 43, 47, 55, 59, 72, 80, 93, 127),
+    3: (2, 6, 10, 15, 19, 24, 28, 33, 38, 44, 51, 57, 66, 78, 96, 127),
+    4: (1, 2, 5, 6, 8, 10, 12, 14, 15, 17, 20, 22, 23, 25, 28, 30, 32, 34, 37, 39, 42, 44, 47, 51, 54, 58, 63, 69,
+        77, 87, 103, 127),
+}  # fmt: skip
+LEVELS = {bits: (*(-x for x in reversed(half)), *half) for bits, half in _POSITIVE.items()}
 # Standard deviation of the values for which those levels were made.
 SPREAD = {1: 1.1419, 2: 0.8395, 3: 0.7431, 4: 0.6512}
 
@@ -310,7 +183,7 @@ def _states(
     bits: int,
     start: Int[Tensor, " rows"] | None,
 ) -> Int[Tensor, "rows states"]:
-    """The states before, between and after the steps of the cheapest walk: from any state, or from ``start`` and back."""
+    """The states before, between and after the steps of the cheapest walk: from any state, or from ``start`` to it."""
     decisions: list[Bool[Tensor, "rows states"]] = []
     new = torch.arange(STATES, device=z.device)
     subsets, older = _subsets(bits, str(z.device)), new >> 1

@@ -5,7 +5,8 @@
 ``Plain`` factors are their parameters. ``Coded`` ones are the components of a packed adapter, value = scale * level
 [code], trained at the size they have: each code has a latent number, whose nearest level is used (of trellis codes the
 levels of the walk that is nearest to all latents of a component, found anew in every step), and the gradient passes the
-rounding as if it were not there (straight-through: Bengio et al., arXiv 1308.3432); scales move by a factor exp(t). Latents are in units of the levels, so that one step means the same for every component.
+rounding as if it were not there (straight-through: Bengio et al., arXiv 1308.3432); scales move by a factor
+exp(t). Latents are in units of the levels, so that one step means the same for every component.
 
 Hooks, as AdapterBank has them and for its reasons. PEFT's layers would do for plain pairs alone, and rename weights.
 """

@@ -48,7 +48,7 @@ class CompressOptions:
     )
     code: str | None = option(
         None,
-        "waterfill: trellis (neighbouring values share their choices) or scalar codes (Lloyd-Max levels; default: trellis)",
+        "codes of waterfill: trellis (neighbouring values share their choices) or scalar (Lloyd-Max; default: trellis)",
     )
     high: int | None = option(None, "bits of loraquant's leading components (2 or 3), of rtn and gptq (default: 2)")
     ratio: float | None = option(None, "energy share of the leading components; for loraquant (default: 0.8)")

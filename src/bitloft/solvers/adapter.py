@@ -70,6 +70,11 @@ class Components:
         """|s*B@A @ L|^2 (Frobenius)."""
         return float(self.s.double().square().sum())
 
+    @property
+    def powers(self) -> Float[Tensor, " columns"] | None:
+        """What an error of each column costs if it is alone: the diagonal of S; None without a metric."""
+        return None if self.root is None else self.root.square().sum(1)
+
     def seen(self, rows: Float[Tensor, "k columns"]) -> Float[Tensor, "k columns"]:
         """Rows as the metric sees them, rows @ L, in double precision."""
         return rows.double() if self.root is None else rows.double() @ self.root.double()

@@ -22,7 +22,6 @@ from bitloft.kernels.ops import decode, encode, encode_trellis
 from bitloft.packed import PackedTensor, pack_bits, pack_halves, unpack_halves
 from bitloft.solvers.adapter import Components, PackedBlock
 from bitloft.solvers.feedback import fed_forward
-from bitloft.solvers.walks import fitted
 
 ROUNDS = 2  # of both sides; a third lowers the error by less than a thousandth
 
@@ -126,7 +125,7 @@ def _move_right(
 def _searched(exact: Components, target: Float[Tensor, "1 columns"], packed: PackedTensor) -> PackedTensor:
     """The codes of ``target`` with the scale of least error in the metric."""
     trellis = packed.format.family == "trellis"
-    found = fitted(target, packed.format, exact.root) if trellis else encode(target, packed.format)
+    found = encode_trellis(target, packed.format, exact.powers) if trellis else encode(target, packed.format)
     scale = unpack_halves(found.scales, found.exponent)
     if exact.root is not None and not trellis:
         found = fed_forward(target, found, exact.root)

@@ -2,11 +2,12 @@
 
     s*B*A = sum_i s_i u_i v_i^T  ~  sum_i (s_i g_i) c_i^u (c_i^v)^T
 
-c^u, c^v are trellis codes (or scalar ones: Lloyd-Max levels, signs at one bit). A rank-1 product needs one scale only, so A stores fp16
-s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) / (c^u.c^u c^v.c^v) is the least-squares choice, and the
-error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is known before anything is packed. Bits then go wherever they
-lower the error most per byte, jumps over widths included (the lower convex hull of each component's error curve). Where
-the components carry an input metric, codes, cosines and errors of the v side are taken in it.
+c^u, c^v are trellis codes (scalar ones on short sides or if asked for: Lloyd-Max levels, signs at one bit). A rank-1
+product needs one scale only, so A stores fp16 s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) /
+(c^u.c^u c^v.c^v) is the least-squares choice, and the error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is
+known before anything is packed. Bits then go wherever they lower the error most per byte, jumps over widths included
+(the lower convex hull of each component's error curve). Where the components carry an input metric, cosines and errors
+of the v side are taken in it, and its walks weigh columns by the metric's diagonal: a walk cannot weigh pairs of them.
 
 The alternative not taken, a share of the budget per matrix, ignores that the spectra of real adapters are steep and
 differ tenfold between matrices: measured on trained adapters, one budget for all is where most of the gain comes from.
@@ -20,10 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitloft.formats import ROW, UNIT, Format
-from bitloft.kernels.ops import decode, encode
+from bitloft.kernels.ops import decode, encode, encode_trellis
 from bitloft.packed import PackedTensor, pack_scales
 from bitloft.solvers.adapter import Components, PackedBlock
-from bitloft.solvers.walks import fitted
 
 WIDTHS = (1, 2, 3, 4)
 # Choices of a stored component: bits of A and of B^T. The short side of a module may take one bit more than the long
@@ -57,7 +57,7 @@ def code(exact: Components, kind: str = "trellis") -> Coded:
     """Codes of both sides at 1 to 4 bits, ``kind`` "trellis" or "scalar"; scales, squared errors and costs in bytes of
     every choice of two of them."""
     energy = exact.s.double().square()
-    a = tuple(_unit_codes(exact.v, bits, kind, exact.root) for bits in WIDTHS)
+    a = tuple(_unit_codes(exact.v, bits, kind, exact.powers) for bits in WIDTHS)
     bt = tuple(_unit_codes(exact.u, bits, kind, None) for bits in WIDTHS)
     fit_a = [_fit(exact.seen(exact.v), exact.seen(decode(codes))) for codes in a]
     fit_bt = [_fit(exact.u.double(), decode(codes).double()) for codes in bt]
@@ -73,11 +73,11 @@ def code(exact: Components, kind: str = "trellis") -> Coded:
 
 
 def _unit_codes(
-    x: Float[Tensor, "rank columns"], bits: int, kind: str, root: Float[Tensor, "columns columns"] | None
+    x: Float[Tensor, "rank columns"], bits: int, kind: str, weights: Float[Tensor, " columns"] | None
 ) -> PackedTensor:
     """The codes that fit each row best at its best scale, kept without that scale; scalar ones for a SHORT side."""
     fmt = code_format(bits, ROW, kind if x.shape[1] >= SHORT else "scalar")
-    best = fitted(x, fmt, root) if fmt.family == "trellis" else encode(x, fmt)
+    best = encode_trellis(x, fmt, weights) if fmt.family == "trellis" else encode(x, fmt)
     bare = Format(fmt.family, fmt.bits, UNIT)
     return PackedTensor(bare, best.shape, best.codes, best.scales[:, :0], torch.zeros_like(best.exponent))
 
