@@ -161,7 +161,7 @@ def serving(place: Path, count: int, threads: int) -> dict[str, Any]:
 
 
 def holding(place: Path, count: int, threads: int) -> dict[str, Any]:
-    """Growth by ``count`` adapters that are read and held as a bank holds them; a description is made of one of them."""
+    """Growth by ``count`` adapters that are read and held as a bank holds them; one of them is described once."""
     torch.set_num_threads(threads)
     copies = made.Copies(place / f"packed-{BITS}")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
