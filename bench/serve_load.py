@@ -222,7 +222,7 @@ class Bench:
         backend, store = engine.backend, engine.store
         with store.holding(*(path.name for path in self.pool[:count])) as keys:
             mixed = [keys[i % count] for i in range(32)]
-            found = {"base": [], "mixed": []}
+            found: dict[str, list[float]] = {"base": [], "mixed": []}
             rows = [backend.open(512) for _ in range(32)]
             from bitloft.serve.backend import Piece
 

@@ -220,7 +220,7 @@ def test_a_server_measures_while_it_loads_and_shows_it(adapter: Path, bases: dic
     assert open_service(bases[2], served, ServeOptions(port=0), said.append).store.names == ()
     allowed = open_service(bases[2], served, ServeOptions(port=0, base_mismatch="allow"), said.append)
     assert allowed.store.names == ("plain", "same")
-    assert "without a measurement" in str(allowed.store.acquire("plain").note)
+    assert "without a measurement" in str(allowed.store.find("plain").note)
 
 
 def test_two_names_for_the_same_files_are_told_of_both(adapter: Path, bases: dict[int, Path], tmp_path: Path) -> None:
@@ -228,6 +228,6 @@ def test_two_names_for_the_same_files_are_told_of_both(adapter: Path, bases: dic
         compress(adapter, tmp_path / "served" / name, bits=4.0)
     options = ServeOptions(port=0, base_mismatch="measure")
     store = open_service(bases[2], tmp_path / "served", options, lambda line: None).store
-    assert store.acquire("one").note == store.acquire("two").note
-    assert "changes the loss" in str(store.acquire("one").note)
+    assert store.find("one").note == store.find("two").note
+    assert "changes the loss" in str(store.find("one").note)
     assert read_packed(tmp_path / "served" / "one").mismatch is None  # packed without a base: nothing to tell there

@@ -38,7 +38,7 @@ class Row:
         self.place: int | None = None
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
+class _Layer(DynamicLayer):
     """One layer's keys and values of all joined rows, with room to grow in both directions."""
 
     def __init__(self, rows: "ModelRows") -> None:
