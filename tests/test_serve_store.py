@@ -1,11 +1,13 @@
 """The adapters of a directory: what is served under which name, what is refused and why."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 
 from bitloft.errors import CheckpointError
+from bitloft.integrations.loading import load
 from bitloft.modules.multi import AdapterBank
 from bitloft.serve.requests import RequestError
 from bitloft.serve.residency import MARGIN
@@ -22,9 +24,11 @@ REASONS = {
 
 
 @pytest.fixture
-def store(world: World) -> AdapterStore:
-    """An empty store with a bank of its own over the served model."""
-    return AdapterStore(AdapterBank(world.engine.model), world.service.store.record, "base")
+def store(world: World) -> Iterator[AdapterStore]:
+    """An empty store over a model of its own: two banks would take the served model's hooks from each other."""
+    found = AdapterStore(AdapterBank(load(world.base)), world.service.store.record, "base")
+    yield found
+    found.close()
 
 
 def test_what_is_served_and_what_is_refused(world: World) -> None:
