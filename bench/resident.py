@@ -1,8 +1,8 @@
 """10,000 adapters in the memory of one process that answers, and 4,000 of Llama-2-7B's shapes.
 
-Adapters are r16 on all linears at 0.5 true bits, each with a buffer of its own, read from files as a server reads them and
-attached to the base's bank (the second kind: read and held, there is no such base here to run). Resident memory is what
-the process grew by; the files are copies with other codes (bench/served/adapters.py).
+Adapters are r16 on all linears at 0.5 true bits, each with a buffer of its own, read from files as a server reads them
+and attached to the base's bank (the second kind: read and held, there is no such base here to run). Resident memory is
+what the process grew by; the files are copies with other codes (bench/served/adapters.py).
 
 gib_per_10000     GiB that 10,000 adapters of SmolLM2 take; in the mode's own count, scaled (``counted`` says how many)
 gib_16_bit        what they would take in 16 bits
@@ -83,8 +83,8 @@ def main() -> int:
 
 
 def stack(place: Path, layers: int) -> None:
-    """One packed adapter of Llama-2-7B's shapes, every layer with the blocks of the first: packing all would take minutes
-    and give the same bytes."""
+    """One packed adapter of Llama-2-7B's shapes, every layer with the blocks of the first: packing all would take
+    minutes and give the same bytes."""
     out = place / f"packed-{BITS}"
     if out.exists():
         return
@@ -161,7 +161,7 @@ def serving(place: Path, count: int, threads: int) -> dict[str, Any]:
 
 
 def holding(place: Path, count: int, threads: int) -> dict[str, Any]:
-    """Growth by ``count`` adapters that are read and held as a bank holds them; a description is made of one of them."""
+    """Growth by ``count`` adapters that are read and held as a bank holds them; one of them is described once."""
     torch.set_num_threads(threads)
     copies = made.Copies(place / f"packed-{BITS}")
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

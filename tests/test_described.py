@@ -10,6 +10,7 @@ from bitloft.adapters import PackedAdapter, read_adapter, read_packed
 from bitloft.compress import compress
 from bitloft.kernels import cpu, cpu_lora
 from bitloft.modules.held import Held
+from bitloft.options import CompressOptions
 from tests.helpers import make_adapter
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the native library: {cpu.explain()}")
@@ -19,15 +20,15 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason=f"needs the native
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedAdapter:
     root = tmp_path_factory.mktemp("described")
     method, *bits = request.param.split()
-    settings = {"bits": float(bits[0])} if bits else {}
-    compress(make_adapter(root / "plain", rank=8), root / "packed", method=method, **settings)
+    options = CompressOptions(method=method, bits=float(bits[0]) if bits else None)
+    compress(make_adapter(root / "plain", rank=8), root / "packed", options)
     return read_packed(root / "packed")
 
 
 def matrix(found: cpu.Matrix) -> dict[str, object]:
     """A matrix by value: numbers, and the bytes behind every address."""
     values: dict[str, object] = {}
-    for name, kind in found._fields_:  # type: ignore[misc]
+    for name, kind in found._fields_:
         value = getattr(found, name)
         if name in ("codes", "scales", "zeros", "shifts"):
             size = getattr(found, f"{name}_bytes")

@@ -379,7 +379,7 @@ def test_a_poisoned_adapter_hurts_only_itself(place: Place, tmp_path: Path, expo
         place.alone(path, [prompt])
     with place.engine([*healthy, poison]) as engine:
 
-        async def ask() -> list[Any]:
+        async def ask() -> Any:
             asked = [
                 engine.submit(prompt, path.name, Sampling(TOKENS)) for path in (*healthy[:4], poison, *healthy[4:])
             ]

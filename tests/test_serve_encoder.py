@@ -122,7 +122,7 @@ def test_numbers_that_overflow_end_alone() -> None:
         out.logits[kwargs["input_ids"][:, 0] == 9] = torch.nan
         return out
 
-    model.forward = poisoned  # type: ignore[method-assign]
+    model.forward = poisoned
     found.start()
     answers = ask(found, TEXTS[:3], ["two", "one", "two"])
     again = ask(found, TEXTS[:1], ["one"])

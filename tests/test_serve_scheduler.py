@@ -172,8 +172,8 @@ def test_everyone_is_served_once(jobs: list[tuple[int, int]], seed: int) -> None
     served = [found.take(lambda r: True) for _ in made]
     assert {id(one) for one in served} == {id(one) for one in made}
     assert found.take(lambda r: True) is None
-    for one in served:
-        assert one is not None
-        found.wrote(one)
-        found.ended(one)
+    for got in served:
+        assert got is not None
+        found.wrote(got)
+        found.ended(got)
     assert not found._counters

@@ -19,9 +19,7 @@ from bitloft.kernels.ops import decode
 ROWS = 32
 
 
-def seconds(
-    source: Path, base: Path, pool: Sequence[Path], jobs: Sequence[tuple[int, list[int]]], answer: int
-) -> dict[str, Any]:
+def seconds(source: Path, pool: Sequence[Path], jobs: Sequence[tuple[int, list[int]]], answer: int) -> dict[str, Any]:
     """What all requests take at once, adapters in memory; the first batch is run once before."""
     used = sorted({adapter for adapter, _ in jobs})
     model = _model(source, {f"a{i}": pool[i] for i in used})

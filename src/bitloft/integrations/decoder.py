@@ -187,7 +187,7 @@ class Decoder:
     def bytes_for(self, tokens: int) -> int:
         """What the keys and values of a row with so many tokens take."""
         layers, heads, _, width = self._cache
-        return 8 * layers * heads * width * slots_for(tokens)
+        return 8 * int(layers) * int(heads) * width * slots_for(tokens)
 
     @torch.no_grad()
     def read(

@@ -2,8 +2,8 @@
 
 ``Views`` and ``cpu_lora.Blocks`` make a few objects for every matrix, some thousand for one adapter of a 30-layer model
 and a tenth of a second of Python. A server that meets a new adapter every few steps cannot pay that. Here the structs
-of all matrices are rows of one integer tensor: a row of a template for the matrix's format and shape, which is made once,
-and the addresses of its parts, which follow from the module table by running sums.
+of all matrices are rows of one integer tensor: a row of a template for the matrix's format and shape, which is made
+once, and the addresses of its parts, which follow from the module table by running sums.
 """
 
 import ctypes

@@ -59,7 +59,7 @@ def backend_for(model: PreTrainedModel, bank: AdapterBank, *, batch_invariant: b
 
 
 class NativeRows:
-    """Rows of the native decoder: each owns its memory, so that they join, grow and leave without copying the others."""
+    """Rows of the native decoder: each owns its memory, so that they join and leave without copying others."""
 
     def __init__(self, model: PreTrainedModel, bank: AdapterBank) -> None:
         self.decoder = decoder.Decoder(model, bank)

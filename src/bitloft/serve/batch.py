@@ -7,8 +7,8 @@
 
 A prompt is read in pieces into a cache of its own; with its first answer token the row joins: its keys and values are
 copied behind the others' rows, once. A row that leaves is replaced by the last one. Room doubles when it is used up;
-when the end reaches the last slot, padding that all rows share is squeezed out first. So what a token costs in copies is
-bounded, where caches that are padded, cut and concatenated anew copy everything at every join.
+when the end reaches the last slot, padding that all rows share is squeezed out first. So what a token costs in copies
+is bounded, where caches that are padded, cut and concatenated anew copy everything at every join.
 """
 
 import inspect
@@ -38,7 +38,7 @@ class Row:
         self.place: int | None = None
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
+class _Layer(DynamicLayer):
     """One layer's keys and values of all joined rows, with room to grow in both directions."""
 
     def __init__(self, rows: "ModelRows") -> None:

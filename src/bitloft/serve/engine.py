@@ -24,7 +24,7 @@ from bitloft.serve.requests import Request, RequestError, Sampling
 from bitloft.serve.running import Running
 from bitloft.serve.scheduler import Scheduler
 from bitloft.serve.selftest import self_test
-from bitloft.serve.store import AdapterStore
+from bitloft.serve.store import AdapterStore, Handle
 from bitloft.serve.text import TextStream
 
 IDLE_SECONDS = 0.5  # the thread looks up that often while nothing waits
@@ -179,16 +179,28 @@ class Engine:
             if self._stopping:
                 raise RequestError("shutting_down", "the server is shutting down.")
             self._scheduler.check(self.store.find(adapter).key, n)
-            for i in range(n):
+            handles = self._held(adapter, n)
+            for i, handle in enumerate(handles):
                 seed = None if sampling.seed is None else sampling.seed + i
                 chosen = sampling if i == 0 else Sampling(**{**sampling.__dict__, "seed": seed})
                 text = TextStream(self.tokenizer, sampling.stop)
-                handle = self.store.acquire(adapter)
                 made.append(Request(prompt, handle, chosen, text, asyncio.get_running_loop()))
             for request in made:
                 self._scheduler.add(request)
             self._wake.notify()
         return made
+
+    def _held(self, adapter: str | None, n: int) -> list[Handle]:
+        """``n`` handles, or none."""
+        found: list[Handle] = []
+        try:
+            for _ in range(n):
+                found.append(self.store.acquire(adapter))
+        except RequestError:
+            for handle in found:
+                handle.release()
+            raise
+        return found
 
     def _check(self, prompt: list[int], sampling: Sampling) -> None:
         if not prompt or not all(0 <= token < self._vocabulary for token in prompt):
