@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bitloft import __version__, cli, console, console_adapter, console_tasks
+from bitloft import __version__, cli, console, console_adapter, console_serve, console_tasks
 from bitloft.adapters import read_packed
 from bitloft.options import CompressOptions, QuantizeOptions, TrainOptions
 from tests.helpers import make_adapter, write_rows
@@ -60,8 +60,8 @@ def test_a_directory_of_adapters_is_packed_with_a_row_each(tmp_path: Path) -> No
 
 
 def test_the_commands_are_these() -> None:
-    wanted = {"quantize", "train", "compress", "expand", "eval", "generate", "serve", "inspect", "info"}
-    assert wanted <= set(console.COMMANDS | console_adapter.COMMANDS | console_tasks.COMMANDS)
+    wanted = {"quantize", "train", "compress", "expand", "eval", "generate", "serve", "bench-serve", "inspect", "info"}
+    assert wanted <= set(console.COMMANDS | console_adapter.COMMANDS | console_serve.COMMANDS | console_tasks.COMMANDS)
     assert run("--version").strip() == __version__
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from tests.serving import CHAT, World, connect, error_of, raw, slowed, until
 
 TOKENS = 8
 PROMPTS = ("the quick brown fox jumps", "the quick brown fox jumps over", "the quick brown dog one two three")
-GAP = 1e-2  # logits of likeliest and second at every place, so that another order of sums cannot turn an answer
+GAP = 1e-2  # logits of likeliest and second at every place, so that the merged weights' rounding cannot turn an answer
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Crowd:
     directory: Path
     names: list[str]
     expected: dict[tuple[str, str], str]
+    clear: list[tuple[str, str]]  # pairs that other arithmetic must answer alike
 
 
 @contextmanager
@@ -58,16 +60,16 @@ def crowd(world: World, directory: Path, count: int, resident: int) -> Iterator[
     for i, name in enumerate(names):
         make_adapter(directory / name, seed=100 + i, scale=1.0, base=world.base)
     one = world.service.store.find("delta").nbytes  # of the same shapes
-    options = ServeOptions(port=0, adapter_budget=str(int(one * (resident + 0.5))), max_queue=512, adapter_share=1.0, queue_seconds=300.0)
+    budget = str(int(one * (resident + 0.5)))
+    settings: dict[str, Any] = {"adapter_budget": budget, "max_queue": 512, "adapter_share": 1.0}
+    options = ServeOptions(port=0, batch_invariant=True, queue_seconds=300.0, **settings)
     service = open_service(world.base, directory, options, lambda line: None)
     with background(service, lambda line: None) as server, connect(server.url) as client:
-        expected = {}
-        for name in ("base", *names):
-            for prompt in PROMPTS:
-                text, gap = alone(client, name, prompt)
-                if gap > GAP:
-                    expected[name, prompt] = text
-        yield Crowd(server, directory, names, expected)
+        found = {(name, prompt): alone(client, name, prompt) for name in ("base", *names) for prompt in PROMPTS}
+        times = Counter((prompt, text) for (_, prompt), (text, _) in found.items())
+        expected = {key: text for key, (text, _) in found.items() if times[key[1], text] == 1}  # it names its adapter
+        clear = [key for key in expected if found[key][1] > GAP and key[0] != "base"]
+        yield Crowd(server, directory, names, expected, clear)
 
 
 def alone(client: openai.OpenAI, name: str, prompt: str) -> tuple[str, float]:
@@ -117,8 +119,7 @@ def bombard(found: Crowd, requests: int, clients: int) -> list[str]:
 def assert_merged(world: World, found: Crowd, samples: int, directory: Path) -> None:
     """A second oracle: the adapter merged into dense weights, and transformers' own forward over these."""
     draw = random.Random(3)
-    keys = [key for key in found.expected if key[0] != "base"]
-    for i, (name, prompt) in enumerate(draw.sample(keys, samples)):
+    for i, (name, prompt) in enumerate(draw.sample(found.clear, samples)):
         convert(world.base, directory / f"{i}", to="dense", dtype="float32", adapter=found.directory / name)
         model = AutoModelForCausalLM.from_pretrained(directory / f"{i}", dtype=torch.float32)
         ids = torch.tensor([world.encode(prompt)])
@@ -129,10 +130,7 @@ def assert_merged(world: World, found: Crowd, samples: int, directory: Path) -> 
 def check_crowd(world: World, tmp_path: Path, *, count: int, resident: int, requests: int, samples: int) -> None:
     with crowd(world, tmp_path / "adapters", count, resident) as found:
         usable = len(found.expected) / (len(PROMPTS) * (count + 1))
-        assert usable > 0.5, "too few answers with a clear likeliest token"
-        for prompt in PROMPTS:  # every answer names the adapter that made it
-            texts = [text for (_, p), text in found.expected.items() if p == prompt]
-            assert len(set(texts)) == len(texts)
+        assert usable > 0.8, "too few answers that name their adapter"
         assert_merged(world, found, samples, tmp_path / "merged")
         assert bombard(found, requests, 64) == []
         stats = found.server.service.store.stats()

@@ -18,7 +18,7 @@ from bitloft.quantize import quantize
 from bitloft.serve.http import Server, background, open_service
 from tests.browser import browsing
 from tests.helpers import tiny_tokenizer, write_record
-from tests.serving import World, connect, error_of, raw
+from tests.serving import World, connect, error_of, raw, until
 
 TEXTS = ["one two three", "the quick brown fox jumps over the lazy dog", "paris"]
 
@@ -141,7 +141,7 @@ def test_a_large_batch_is_taken_in_pieces(embedder: Server) -> None:
 def test_refusals(embedder: Server, path: str, body: dict[str, Any], status: int, code: str) -> None:
     found, _, data = raw(embedder.url, "POST", path, body)
     assert (found, error_of(data)["code"]) == (status, code)
-    assert embedder.service.engine.idle
+    until(lambda: embedder.service.engine.idle)
 
 
 def test_a_base_that_writes_text_has_no_vectors(world: World) -> None:
