@@ -132,7 +132,9 @@ class Bench:
         """Bytes a second that one row of input takes in, over those of a plain read of the same memory in between."""
         copies, memory = arranged_copies(self.packed[fmt], self.copies(self.packed[fmt].nbytes))
         turn, x = cycle([operators.flat(copy) for copy in copies]), self.input(1, dtype)
-        plain, calls, reads = memory.view(torch.float32), [], []
+        plain = memory.view(torch.float32)
+        calls: list[float] = []
+        reads: list[float] = []
         end = time.perf_counter() + self.budget
         while time.perf_counter() < end or len(reads) < 5:
             reads.append(seconds(plain.sum))

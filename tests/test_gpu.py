@@ -18,7 +18,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = (
     "nf4:64", "nf3:64", "nf2:64", "lm4:32", "lm3:64", "lm2:64", "uniform4:64", "uniform3:64", "uniform2:64",
     "uniform2:tensor", "book2:64", "book3:64", "sign:128", "int8:row", "half:unit", "half:row", "lm2:row", "nf2:unit",
-    "trellis1:row", "trellis2:unit", "trellis3:row", "trellis4:row", "lm2:64+dq", "nf4:64+dq", "lm3:64+shift", "uniform4:64+shift", "lm2:64+dq+shift",
+    "trellis1:row", "trellis2:unit", "trellis3:row", "trellis4:row", "lm2:64+dq", "nf4:64+dq", "lm3:64+shift",
+    "uniform4:64+shift", "lm2:64+dq+shift",
 )  # fmt: skip
 SHAPES = ((33, 127), (64, 192), (5, 1), (1, 64))
 
@@ -100,8 +101,8 @@ def test_a_row_does_not_depend_on_its_neighbours_where_rows_are_few() -> None:
     assert torch.equal(together, torch.cat([gpu.packed_linear(row[None], weight) for row in x]))
 
 
-BLOCKS = ("lm2:64", "lm3:row", "sign:unit", "half:unit", "uniform4:64", "int8:row", "lm4:64+dq", "lm2:64+shift", "trellis3:row",
-          "trellis2:unit", "")  # fmt: skip
+BLOCKS = ("lm2:64", "lm3:row", "sign:unit", "half:unit", "uniform4:64", "int8:row", "lm4:64+dq", "lm2:64+shift",
+          "trellis3:row", "trellis2:unit", "")  # fmt: skip
 
 
 def factor(fmt: str, rows: int, columns: int) -> PackedTensor | Tensor:

@@ -1,5 +1,7 @@
 """The operators as everybody calls them: native or plain, the results are the definition's."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,8 @@ def test_many_rows_of_bfloat16_go_through_decoded_tiles(
     x = torch.randn(2, ops.MANY, shape[1]).bfloat16()
     bias, addend = torch.randn(shape[0]), torch.randn(2, ops.MANY, shape[0])
     dense = plain.decode(weight, torch.bfloat16).double()
-    for given in ({}, {"bias": bias}, {"addend": addend}, {"bias": bias, "addend": addend}):
+    cases: tuple[dict[str, Any], ...] = ({}, {"bias": bias}, {"addend": addend}, {"bias": bias, "addend": addend})
+    for given in cases:
         exact = x.double() @ dense.T + sum(t.double() for t in given.values())
         found = ops.packed_linear(x, weight, **given)
         assert found.dtype == x.dtype

@@ -14,7 +14,7 @@ from bitloft.packed import PackedTensor, pack_planes, unpack_planes
 WIDTHS = (1, 2, 3, 4)
 
 
-def by_the_page(codes: bytes, bits: int, width: int) -> list[int]:
+def by_the_page(codes: bytes, bits: int, width: int) -> list[float]:
     """The levels of one row in sixty-fourths, bit by bit."""
     size = width // 8
     planes = [codes[p * size : (p + 1) * size] for p in range(bits)]

@@ -58,8 +58,9 @@ def encode_trellis(
     weights: Float[Tensor, " columns"] | None = None,
 ) -> PackedTensor:
     """Quantize ``x`` to trellis codes where an error of column j costs ``weights[j]``; see ``trellis.encode``."""
-    found = cpu_trellis if cpu_trellis.takes(x) else trellis
-    return found.encode(x, fmt, weights)
+    if cpu_trellis.takes(x):
+        return cpu_trellis.encode(x, fmt, weights)
+    return trellis.encode(x, fmt, weights)
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:

@@ -54,7 +54,9 @@ _POSITIVE = {
     4: (1, 2, 5, 6, 8, 10, 12, 14, 15, 17, 20, 22, 23, 25, 28, 30, 32, 34, 37, 39, 42, 44, 47, 51, 54, 58, 63, 69,
         77, 87, 103, 127),
 }  # fmt: skip
-LEVELS = {bits: (*(-x for x in reversed(half)), *half) for bits, half in _POSITIVE.items()}
+LEVELS: dict[int, tuple[float, ...]] = {
+    bits: (*(-x for x in reversed(half)), *half) for bits, half in _POSITIVE.items()
+}
 # Standard deviation of the values for which those levels were made.
 SPREAD = {1: 1.1419, 2: 0.8395, 3: 0.7431, 4: 0.6512}
 
