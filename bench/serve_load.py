@@ -127,8 +127,8 @@ class Bench:
         largest = max(sum(f.stat().st_size for f in path.glob("adapter_model*")) for path in self.pool[:count]) + 4096
         budget = max(int(share * total), min(count, 4) * largest)  # one that no adapter fits in serves nobody
         options = ServeOptions(
-            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600,
-            request_seconds=3600, adapter_share=1.0, **settings,
+            adapter_budget=None if share >= 1 else str(budget), max_queue=100_000, queue_seconds=3600.0,
+            request_seconds=3600.0, adapter_share=1.0, **settings,
         )  # fmt: skip
         store = AdapterStore(AdapterBank(self.model), self.record, "base", options)
         for path in self.pool[:count]:

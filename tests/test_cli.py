@@ -52,7 +52,8 @@ def test_a_directory_of_adapters_is_packed_with_a_row_each(tmp_path: Path) -> No
     result = runner.invoke(cli.app, arguments, catch_exceptions=False)
     assert result.exit_code == 1
     assert "1 packed, 0 kept, 1 failed" in result.stdout
-    assert read_packed(tmp_path / "out" / "one").method == {"name": "waterfill", "bits": 4.0, "refine": False}
+    wanted = {"name": "waterfill", "bits": 4.0, "refine": False, "code": "trellis"}
+    assert read_packed(tmp_path / "out" / "one").method == wanted
     make_adapter(tmp_path / "in" / "two", rank=8)
     assert "1 packed, 1 kept, 0 failed" in run(*arguments)
     assert "needs a directory of adapters" in refused("compress", tmp_path / "in" / "one", "--out", "x", "--jobs", "2")

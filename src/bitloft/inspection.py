@@ -190,7 +190,7 @@ def _packed_row(module: PackedModule) -> tuple[object, ...]:
     formats = " + ".join(f"{block.a.shape[0]} x {block.a.format}" for block in module.blocks) or "nothing"
     factors = [factor for block in module.blocks for factor in (block.a, block.bt)]
     stored = sum(part.nbytes for factor in factors for name, part in factor.tensors().items() if name != "exponent")
-    codes = sum(block.a.format.bits * (block.a.numel + block.bt.numel) for block in module.blocks)
+    codes = sum(factor.format.bits * factor.numel for factor in factors)
     shape = f"{module.out_features} x {module.in_features}"
     return (module.name, formats, shape, module.rank, 8 * stored / values, codes / values, module.error)
 
