@@ -53,6 +53,9 @@ def test_a_recipe_is_swept(place: Path) -> None:
     [
         (("train", "BASE", "--out", "x"), "from --data FILE or from --task NAME"),
         (("train", "BASE", "--out", "x", "--data", "y.jsonl", "--limit", "3"), "limit is for --task"),
+        (("sweep", "r.toml", "--out", "x", "--jobs", "2"), "--jobs is for --engine ray; leave it out"),
+        (("sweep", "r.toml", "--out", "x", "--address", "auto"), "--address is for --engine ray; leave it out"),
+        (("sweep", "r.toml", "--out", "x", "--engine", "slurm"), "unknown engine 'slurm'; use local or ray"),
         (("eval", "BASE"), "on --data FILE, on --task NAME or by --harness TASKS"),
         (("eval", "BASE", "--task", "sst2", "--harness", "piqa"), "two things to measure"),
     ],

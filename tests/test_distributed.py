@@ -48,14 +48,17 @@ for job in json.loads(sys.argv[3]):
 """
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def launch(base: Path, data: Path, jobs: list[dict[str, Any]], port: int) -> int:
     """Run jobs by two processes under torchrun; its exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     script = base.parent / "job.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     given = [str(script), str(base), str(data), json.dumps(jobs)]
-    done = subprocess.run([*command, *given], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, *given], cwd=ROOT, env=environment(), capture_output=True, text=True)
     if done.returncode and not any("die" in job for job in jobs):
         raise RuntimeError(done.stderr[-3000:])
     return done.returncode
@@ -115,6 +118,36 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole: str, cut: str, runs: Path
     assert (runs / cut / WEIGHTS).read_bytes() == (runs / whole / WEIGHTS).read_bytes()
 
 
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29706")
+ACCELERATE = (  # what it does on its own where there are several GPUs; with --cpu it starts one process, without MPI
+    *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29707"),
+)
+
+
+def command(launcher: tuple[str, ...], base: Path, data: Path, out: Path, *more: str) -> None:
+    """Run the command line's `train` by two processes of a launcher."""
+    words = ["train", str(base), "--data", str(data), "--out", str(out), "--batch", "2", *more]
+    for name, value in (SMALL | {"steps": 2}).items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    entry = ["-m", "bitloft.cli"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *entry, *words], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(("--shard",), marks=pytest.mark.slow)], ids=["ddp", "shard"])
+def test_accelerate_launch_trains_the_adapter_of_torchrun(
+    more: tuple[str, ...], base: Path, data: Path, tmp_path: Path
+) -> None:
+    command(TORCHRUN, base, data, tmp_path / "torchrun", *more)
+    command(ACCELERATE, base, data, tmp_path / "accelerate", *more)
+    assert (tmp_path / "accelerate" / WEIGHTS).read_bytes() == (tmp_path / "torchrun" / WEIGHTS).read_bytes()
+    assert curve(tmp_path / "accelerate") == curve(tmp_path / "torchrun")
+    assert len(curve(tmp_path / "accelerate")) == 2
+
+
 # Each process: packed codes are shared out, put together for a forward that gives what one process gives, and come
 # back whole from the state dict; scales stay whole in every process.
 SURVIVE = """
@@ -159,7 +192,7 @@ def test_packed_weights_survive_sharing_out(base: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29704"]
     done = subprocess.run(
         [*command, str(script), str(base)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -64,6 +64,13 @@ def test_bad_files(text: str, sentence: str, tmp_path: Path) -> None:
         read_machine(tmp_path / "none.toml")
 
 
+def test_qalora_is_measured_with_its_own_format() -> None:
+    fmt = "uniform2:32+shift"
+    options = PlanOptions(format=fmt, solver="qalora", rank=0, adapter_rank=4, batch=1, length=16)
+    found = measure(options, [fmt], Machine("here", 1, 1), models=SMALL)
+    assert found.seconds("quantize", settings(options, fmt)["quantize"], {"weights": 1e9, "matrices": 100}) > 0
+
+
 def test_a_measurement_at_toy_size() -> None:
     options = PlanOptions(format="lm2:64", rank=4, adapter_rank=4, batch=1, length=16)
     told: list[tuple[int, int, str]] = []

@@ -39,6 +39,33 @@ def test_bytes_need_no_machine(tiny_model: Path, tmp_path: Path) -> None:
     assert report.adapters_per_gib == pytest.approx((1 << 30) / report.footprint.adapter_packed)
 
 
+@pytest.mark.parametrize(("solver", "fmt"), [("qalora", "uniform2:32+shift"), ("calibrated", "lm2:64")])
+def test_bytes_of_the_other_solvers(solver: str, fmt: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Layouts do not depend on what was measured, so that the run needs no text."""
+    asked = ASKED | {"solver": solver, "format": fmt}
+    quantize(tiny_model, tmp_path / "base", replace(PlanOptions(**asked).quantizing(), metric="none"))
+    written = sum(f.stat().st_size for f in weight_files(tmp_path / "base"))
+    assert plan(tiny_model, **asked).stage("quantize").disk == written
+
+
+def test_times_of_the_other_solvers(tiny_model: Path, tmp_path: Path) -> None:
+    """From rates of their own alone, never from another solver's."""
+    asked = ASKED | {"solver": "calibrated"}
+    with pytest.raises(
+        OptionError, match=r"no rates of quantize .*solver calibrated.*plan its bytes without --machine"
+    ):
+        plan(tiny_model, machine=machine(), **asked)
+    with pytest.raises(OptionError, match="--measure does not time the solver calibrated"):
+        plan(tiny_model, machine=tmp_path / "m.toml", measure=True, **asked)
+    assert not (tmp_path / "m.toml").exists()
+    setting = settings(PlanOptions(**asked), "lm2:64")["quantize"]
+    held = replace(machine(), rates=(*machine().rates, Rates("quantize", setting, {"weights": 1e-6})))
+    report = plan(tiny_model, machine=held, **asked)
+    assert report.stage("quantize").seconds == pytest.approx(report.footprint.weights * 1e-6)
+    with pytest.raises(OptionError, match=r"no rates of quantize .*solver qalora.*--measure"):
+        plan(tiny_model, machine=machine(), **ASKED | {"solver": "qalora"} | {"format": "uniform2:32+shift"})
+
+
 def test_times_are_features_times_rates(tiny_model: Path) -> None:
     report, found = plan(tiny_model, machine=machine(), **ASKED), plan(tiny_model, **ASKED).footprint
     wanted = 14 * 0.01 + found.weights * 1e-7 + found.source * 1e-9 + 0.5
@@ -88,7 +115,7 @@ def test_refusals(tiny_model: Path, tmp_path: Path) -> None:
     assert plan(tiny_model, machine=tmp_path / "m.toml", **ASKED).machine == "m"
     for wrong, sentence in (
         ({"router": "nearest"}, "unknown router"), ({"zipf": -1.0}, "zipf is -1.0; use 0 to 10"),
-        ({"utilisation": 1.5}, "utilisation is 1.5"), ({"solver": "qalora"}, "unknown solver"),
+        ({"utilisation": 1.5}, "utilisation is 1.5"), ({"solver": "gptq"}, "unknown solver"),
         ({"adapters": 0}, "adapters is 0; use a positive number"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=sentence):

@@ -77,6 +77,10 @@ def test_what_goes_wrong_is_one_sentence(ray_cluster: None, tmp_path: Path) -> N
 
     with pytest.raises(BitloftError, match=r"process that worked on always died 2 times.*resume"):
         run("always")
+    setup, kept = (str(tmp_path),), ["always", "a"]
+    found = dict(spread(Cluster(workers=1, attempts=2), prepared, setup, worked, kept, lost=lambda item, why: (why, 0)))
+    assert "process that worked on always died 2 times" in found["always"][0]
+    assert found["a"][0] == "aa"
     with pytest.raises(DataError, match=r"row 3 is no row\. \(on node "):
         run("bad")
     with pytest.raises(KeyError):

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.integrations.ray import Cluster
 from bitloft.options.recipe import Recipe, recipe_of
 from bitloft.regimes import Bench
-from bitloft.sweep import sweep
+from bitloft.sweep import _lost, _prepare, sweep
 from tests.task_models import sentiment, tiny_bert
 
 
@@ -106,3 +108,53 @@ def test_a_recipe_file_and_its_errors(tmp_path: Path) -> None:
         sweep(tmp_path / "none.toml", tmp_path / "out")
     with pytest.raises(OptionError, match="has no metric 'f1'"):
         sweep(plan(tmp_path, metric="f1", seeds=[0], rows=[{"regime": "lora", "rank": 2}]), tmp_path / "out")
+
+
+def scores(out: Path) -> list[tuple[Any, ...]]:
+    """What decides a table: everything of the cells but how long they took."""
+    cells = [json.loads(line) for line in (out / "cells.jsonl").read_text().splitlines()]
+    return [tuple((k, json.dumps(v)) for k, v in sorted(cell.items()) if not k.endswith("seconds")) for cell in cells]
+
+
+def test_cells_on_a_cluster_are_those_of_here(ray_cluster: None, tmp_path: Path) -> None:
+    """Rates searched, a calibrated row and a failing one (rank too large) among them; what failed is tried again."""
+    rows = [
+        {"regime": "lora", "rank": 2},
+        {"regime": ["qlora", "loftq"], "format": "nf2:32", "rank": 2},
+        {"regime": "calibrated", "format": "nf2:32", "rank": 2, "quantize": {"samples": 2, "calibrate_length": 16}},
+        {"regime": "loftq", "format": "nf2:32", "rank": 64, "name": "large"},
+    ]
+    recipe, told = plan(tmp_path, rows=rows, rates=[1e-4, 1e-3]), list[tuple[int, int, str]]()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = sweep(recipe, tmp_path / "here")
+    finally:
+        torch.set_num_threads(usual)
+    there = sweep(recipe, tmp_path / "there", cluster=Cluster(workers=2), progress=lambda *a: told.append(a))
+    assert scores(tmp_path / "there") == scores(tmp_path / "here")
+    assert there.failures == here.failures == 2
+    assert "rank 64 exceeds" in there.lines[-1].failed
+    assert [done for done, _, _ in told] == list(range(1, 11))
+    assert not (tmp_path / "there.work").exists()
+
+
+def test_a_sweep_that_stopped_on_a_cluster_goes_on_here(ray_cluster: None, tmp_path: Path) -> None:
+    recipe = plan(tmp_path)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe, tmp_path / "out", cluster=Cluster(workers=2), progress=stop)
+    report = sweep(recipe, tmp_path / "out", resume=True)
+    assert (report.resumed, report.cells, report.failures) == (2, 6, 0)
+    again = sweep(recipe, tmp_path / "whole", cluster=Cluster(workers=1))
+    assert [line.value for line in again.lines] == [line.value for line in report.lines]
+
+
+def test_a_node_that_does_not_see_the_bases_and_a_dead_process(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"this node does not see .*put it on shared storage"):
+        _prepare(plan(tmp_path), tmp_path, tmp_path / "cluster-0.txt", 1)
+    assert _lost(("cell", plan(tmp_path).rows[0], 0, None), "it died") == {"failed": "it died"}

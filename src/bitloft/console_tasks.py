@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitloft.console import Base, Out, Overwrite, data_counts
+from bitloft.console import Address, Base, Engine, Out, Overwrite, TaskMemory, cluster_of, data_counts
 from bitloft.errors import OptionError
 from bitloft.options import EvalOptions, TrainOptions, require
 from bitloft.terminal import emit, progress, show, table
@@ -119,12 +119,23 @@ def sweep(
     ] = False,
     work: Annotated[Path | None, typer.Option("--work", help="keep packed bases here, for other sweeps")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    engine: Engine = "local",
+    address: Address = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="ray: cells at a time (default: all there is room for)")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="ray: threads of a cell (default: 1)")] = None,
+    task_memory: TaskMemory = None,
 ) -> None:
     """Run a recipe: every regime, width, rank and seed of it, with a table, a plot and one HTML page."""
     from bitloft.sweep import sweep as verb
 
+    cluster = cluster_of(engine, address, task_memory, jobs, 1 if threads is None else threads)
+    for flag, given in (("jobs", jobs), ("threads", threads)):
+        if cluster is None and given is not None:
+            raise OptionError(f"--{flag} is for --engine ray; leave it out.")
     with progress("sweeping") as step:
-        report = verb(recipe, out, resume=resume, overwrite=overwrite, work=work, progress=step)
+        report = verb(recipe, out, resume=resume, overwrite=overwrite, work=work, cluster=cluster, progress=step)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:

@@ -47,6 +47,10 @@ SMALL = ((64, 128, 1, 128), (128, 256, 2, 256))  # the same in a second, for tes
 ADAPTERS = ((8, 576, 576), (28, 576, 1536), (56, 576, 576), (14, 1024, 2816))
 SMALL_ADAPTERS = ((2, 64, 64), (4, 64, 96))
 ROWS = (1, 8)  # of a decoding step
+TEXT = (
+    "which also reads its calibration text; plan its bytes without --machine, or write rates of a run into the "
+    "machine file (docs/scale.md)."
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Machine:
             if found.kind == kind and found.setting == dict(setting):
                 return sum(value * features.get(name, 0.0) for name, value in found.seconds.items())
         asked = ", ".join(f"{key} {value}" for key, value in setting.items())
+        if setting.get("solver") == "calibrated":
+            raise OptionError(f"the machine {self.name} has no rates of {kind} for {asked}, {TEXT}")
         raise OptionError(
             f"the machine {self.name} has no rates of {kind} for {asked}; measure it there with the same options "
             "(`bitloft plan MODEL --machine FILE --measure`)."
@@ -143,7 +149,12 @@ def measure(
     models: Sequence[tuple[int, int, int, int]] = MODELS,
     progress: Progress | None = None,
 ) -> Machine:
-    """Measure this machine for these options and formats; what ``known`` holds of other settings stays."""
+    """Measure this machine for these options and formats; what ``known`` holds of other settings stays.
+
+    Raises OptionError for the solver calibrated: its time is that of reading a text as well, which is not measured.
+    """
+    if options.solver == "calibrated":
+        raise OptionError(f"--measure does not time the solver calibrated, {TEXT}")
     made: list[Rates] = []
     for done, fmt in enumerate(formats):
         with tempfile.TemporaryDirectory(prefix="bitloft-measure-") as place:

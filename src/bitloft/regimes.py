@@ -91,19 +91,27 @@ class Bench:
 
     def base(self, row: Row) -> Path:
         """The packed base of a row, made once; the dense model where it has none."""
+        out = self.place(row)
+        if row.format is not None and not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            began = time.perf_counter()
+            report = quantize(self.source, out, self._quantizing(row), resume=True)
+            write_json(_bits_file(out), _bits(report) | {"seconds": round(time.perf_counter() - began, 2)})
+        return out
+
+    def place(self, row: Row) -> Path:
+        """Where the base of a row is or will be; the text that it is calibrated on is made."""
         if row.format is None:
             return self.source
+        options = self._quantizing(row)
+        name = hashlib.sha256(json.dumps([str(self.source.resolve()), asdict(options)]).encode()).hexdigest()[:12]
+        return self.work / "bases" / f"{row.regime}-{row.format.replace(':', '_')}-{name}"
+
+    def _quantizing(self, row: Row) -> QuantizeOptions:
         options = row.options
         if (options.solver == "calibrated" and options.metric != "none") or options.refine:
             options = replace(options, calibrate=str(self.calibration()))
-        name = hashlib.sha256(json.dumps([str(self.source.resolve()), asdict(options)]).encode()).hexdigest()[:12]
-        out = self.work / "bases" / f"{row.regime}-{row.format.replace(':', '_')}-{name}"
-        if not out.exists():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            began = time.perf_counter()
-            report = quantize(self.source, out, options, resume=True)
-            write_json(_bits_file(out), _bits(report) | {"seconds": round(time.perf_counter() - began, 2)})
-        return out
+        return options
 
     def run(
         self, row: Row, seed: int, *, rate: float | None = None, held: bool = False, keep: Path | None = None

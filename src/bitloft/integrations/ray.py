@@ -143,8 +143,11 @@ def spread(
     items: Sequence[Item],
     *,
     key: str | None = None,
+    lost: Callable[[Item, str], Result] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Every item with what ``work`` gave for it, as they finish. Calls of one ``key`` share what was prepared.
+
+    ``lost`` makes the result of an item whose process died ``attempts`` times; without it that ends the job.
 
     Raises what ``work`` raised, where that is a BitloftError with the node's name added; BitloftError for a process
     that died ``attempts`` times on one item, for a full object store, for a node without this version of bitloft;
@@ -170,11 +173,21 @@ def spread(
             if not waiting:
                 return
             for ready in ray.wait(list(waiting), num_returns=1)[0]:
-                yield waiting[ready], _result(ray, cluster, ready, waiting[ready])
-                del waiting[ready]
+                item = waiting.pop(ready)
+                try:
+                    found = _result(ray, cluster, ready, item)
+                except _DiedError as error:
+                    if lost is None:
+                        raise
+                    found = lost(item, str(error))
+                yield item, found
 
 
 _END = object()
+
+
+class _DiedError(BitloftError):
+    """The processes that worked on an item died."""
 
 
 def versions() -> dict[str, str]:
@@ -206,7 +219,7 @@ def _result(ray: Any, cluster: Cluster, ready: Any, item: object) -> Any:
             "or use fewer jobs, and resume."
         ) from error
     except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError) as error:
-        raise BitloftError(
+        raise _DiedError(
             f"the process that worked on {item} died {cluster.attempts} times (out of memory?); give each task more "
             "memory or use fewer jobs, and resume."
         ) from error

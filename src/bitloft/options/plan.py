@@ -8,7 +8,7 @@ from bitloft.options.fields import DTYPES, option, require, require_choices, req
 from bitloft.options.quantize import QuantizeOptions
 
 ROUTERS = ("rendezvous", "random")
-PLANNED = ("loftq", "qlora")
+PLANNED = ("loftq", "qlora", "qalora", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class PlanOptions:
     """What is asked of a machine. Names that ``quantize``, ``train`` and ``compress`` have mean the same here."""
 
     format: str = option("lm4:64", "number format of the base's weights")
-    solver: str = option("loftq", "loftq or qlora, as for quantize")
+    solver: str = option("loftq", "loftq, qlora, qalora or calibrated, as for quantize (calibrated: bytes, not times)")
     rank: int = option(16, "rank of the base's start")
     steps: int = option(5, "LoftQ alternations")
     rules: tuple[str, ...] = option((), "PATTERN=FORMAT: another format for the matching modules; repeat for more")
