@@ -56,21 +56,23 @@ def make_adapters(directory: Path, base: Path) -> Path:
     return out
 
 
-def write_signature(directory: Path, base: Path, seed: int, *, scale: float = 1.0, exponent: int = 0) -> Path:
-    """A packed adapter that names itself: it poisons keys and values for everybody else, and its last layer pushes a
-    token of its own. ``exponent`` makes both factors larger by a power of two."""
+def write_signature(directory: Path, base: Path, seed: int, *, exponent: int = 0) -> Path:
+    """A packed adapter that names itself: it poisons keys and values for everybody else, and its last layer pushes one
+    of two tokens of its own, by the sign of what it reads. The push leaves little of the base, so that the two
+    likeliest tokens are far apart. ``exponent`` makes both factors larger by a power of two."""
     generator = torch.Generator().manual_seed(seed)
     found = base_record(base)
     embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+    directions = embedding / embedding.norm(dim=1, keepdim=True)
     widths = {"self_attn.k_proj": (64, 32), "self_attn.v_proj": (64, 32), "mlp.down_proj": (96, 64)}
     modules = []
     for layer in range(2):
         for name, (columns, rows) in widths.items():
             a = torch.randn(2, columns, generator=generator)
-            bt = torch.randn(2, rows, generator=generator) * scale / 2
+            bt = torch.randn(2, rows, generator=generator) / 2
             if name == "mlp.down_proj" and layer == 1:
-                push = embedding[(60 + seed) % len(embedding)]
-                bt[0] = 8 * scale * push / push.norm()
+                first, second = (60 + seed) % len(directions), (61 + seed + seed * seed) % len(directions)
+                bt[0] = 2000 * (directions[first] - directions[second])
             block = PackedBlock(encode(a, "lm4:row"), encode(bt, "lm4:row"))
             for side in (block.a, block.bt):
                 side.exponent.add_(exponent)

@@ -1,6 +1,6 @@
 """serve/deployment.py: two replicas on this machine give each adapter's own answers, streams, cancels and drains.
 
-R1, R6 and R7 of the reliability goals in a small form; the long forms run against one server (test_serve_http).
+R1, R6 and R7 of the reliability goals in a small form; the long forms run against one server (test_serve_reliability).
 """
 
 import asyncio

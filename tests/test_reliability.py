@@ -162,7 +162,7 @@ def test_signatures_differ_and_are_what_the_merged_weights_say(place: Place) -> 
             expected = place.expected(key, prompt)
             assert expected is None or found == expected
     assert len(answers) == 12
-    assert len(place.close) < 0.75 * len(place.known)
+    assert len(place.close) <= 0.05 * len(place.known)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def test_no_wrong_adapter_answers(place: Place) -> None:
     """R1, 300 requests of 64 clients for 200 adapters in memory for 20."""
     wrong, checked, stats = wrong_answers(place, 300, 64)
     assert wrong == 0
-    assert checked > 120
+    assert checked > 280
     assert stats.evictions > 20
 
 
@@ -195,7 +195,7 @@ def test_no_wrong_adapter_answers(place: Place) -> None:
 def test_no_wrong_adapter_answers_at_length(place: Place) -> None:
     wrong, checked, stats = wrong_answers(place, 2000, 64)
     assert wrong == 0
-    assert checked > 800
+    assert checked > 1900
     assert stats.evictions > 100
 
 
@@ -363,7 +363,7 @@ def test_any_order_of_changes(place: Place) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     Changes.place = place
-    quick = settings(max_examples=8, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+    quick = settings(max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Changes, settings=quick)
 
 

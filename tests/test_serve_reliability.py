@@ -425,7 +425,7 @@ def test_huge_and_odd_requests(world: World) -> None:
         assert send(world.url, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03").startswith(b"HTTP/1.1 400")
         twice = b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}"
         assert send(world.url, head + twice).startswith(b"HTTP/1.1 400")
-    assert len(times) > 3
+        until(lambda: len(times) > 3)  # all of this may take less than two probes
     assert max(times) < 1
     assert world.engine.idle
 

@@ -36,6 +36,19 @@ def test_events_that_wait_come_as_one() -> None:
     assert asyncio.run(run()) == [Event("abc", "length")]
 
 
+def test_text_before_an_error_is_told() -> None:
+    async def run() -> list[Event]:
+        asked, error = request(), Event(error=RequestError("engine_error", "broken"))
+        for event in (Event("a"), Event("b"), error):
+            asked.tell(event)
+        await asyncio.sleep(0)
+        found = [event async for event in asked]
+        assert found[-1] is error
+        return found
+
+    assert asyncio.run(run())[:-1] == [Event("ab")]
+
+
 def test_an_error_is_raised_by_collect() -> None:
     async def run() -> None:
         asked = request()

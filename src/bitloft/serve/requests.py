@@ -138,14 +138,18 @@ class Request:
             self.cancelled = True
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events until the last one; leaving early cancels. Events that wait together come as one."""
+        """Events until the last one; leaving early cancels. Events that wait together come as one, an error alone."""
         try:
             while True:
                 event = await self._events.get()
                 while not (event.last or self._events.empty()):
                     later = self._events.get_nowait()
+                    if later.error is not None:  # what came before an error is told all the same
+                        yield event
+                        event = later
+                        continue
                     text, logprobs = event.text + later.text, event.logprobs + later.logprobs
-                    event = Event(text, later.finish, later.error, logprobs)
+                    event = Event(text, later.finish, None, logprobs)
                 yield event
                 if event.last:
                     return
