@@ -4,6 +4,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 # One thread: results that do not depend on the machine, and small tensors do not gain from a second.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
+# Two processes halve the suite; a file stays whole, so its fixtures (trained models, servers) are made once.
+SHARED_OUT := -n 2 --dist loadfile
 
 .PHONY: setup demo test test-long check format sanitize bench-smoke docs clean
 
@@ -14,10 +16,10 @@ demo: setup
 	@$(RUN) scripts.demo
 
 test: setup
-	@$(PYTEST) -q -m "not slow"
+	@$(PYTEST) $(SHARED_OUT) -q -m "not slow"
 
 test-long: setup
-	@$(PYTEST)
+	@$(PYTEST) $(SHARED_OUT)
 
 check: setup
 	@$(RUN) ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }

@@ -157,9 +157,10 @@ def _apart(one: Any, other: Any) -> float:
 
 def toy(place: Path) -> tuple[dict[str, Any], str]:
     """Three claims on a random encoder-decoder of two layers and a made-up dictionary."""
-    from claims_grid.toys import words
+    from tests.task_models import tiny_words
 
-    model = words(place / "model")
+    (place / "model").mkdir()
+    model = tiny_words(place / "model", 80)
     table = tomllib.loads(CLAIMS.read_text(encoding="utf-8"))
     kept = ("float", "lora", "qlora nf2", "loftq nf2")
     recipe = table["recipes"]["g2p"] | {"model": str(model), "data": str(model), "seeds": [0, 1], "test_rows": 6}

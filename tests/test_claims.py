@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from bitloft.options.recipe import Recipe, Row
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -82,6 +84,30 @@ def test_every_claim_names_rows_that_exist(monkeypatch: pytest.MonkeyPatch) -> N
                 sides = [part["high"], part["low"]]
                 names = {n for side in sides for n in ([side] if isinstance(side, str) else side)}
                 assert names <= rows[part["model"]]
+
+
+class Search:
+    """A bench whose held-out loss is least at a rate of 2."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.asked = recipe, list[tuple[float, bool]]()
+
+    def run(self, row: Row, seed: int, *, rate: float, held: bool) -> dict[str, Any]:
+        self.asked.append((rate, held))
+        return {"scores": [{"name": "loss", "value": abs(rate - 2), "better": "low"}], "lr": rate}
+
+
+def test_a_rate_is_what_held_out_rows_choose_and_is_searched_once(tmp_path: Path) -> None:
+    work = importlib.import_module("claims_grid.work")
+    harness = importlib.import_module("harness")
+    searched, fixed = Row("lora", name="a"), Row("lora", name="b", lr=7.0)
+    recipe = Recipe("r", "model", "task", (searched, fixed), rates=(1.0, 2.0, 3.0))
+    bench = Search(recipe)
+    cells = harness.Cells(tmp_path / "cells.jsonl")
+    opened = work.Work(tmp_path, cells, {"m": recipe}, {"m": bench})
+    assert [opened.rate("m", searched), opened.rate("m", searched), opened.rate("m", fixed)] == [2.0, 2.0, None]
+    assert bench.asked == [(1.0, True), (2.0, True), (3.0, True)]
+    assert work.Table(cells).series("m", "a", "held out") is None  # what chose a rate judges nothing
 
 
 def test_the_page_is_put_between_its_markers(tmp_path: Path) -> None:

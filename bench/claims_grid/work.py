@@ -7,6 +7,7 @@ by its names. Trained rows are ``regimes.Bench`` cells; the other models are pro
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,10 +19,11 @@ from torch import Tensor
 import bitloft.solvers
 from bitloft.kernels.ops import decode, encode, residual
 from bitloft.options.recipe import Recipe, Row
-from bitloft.regimes import Bench, opened
+from bitloft.regimes import Bench, main_score, opened, rates_of
 from bitloft.solvers.base import Solution, norm, pack_start, ratio
 from bitloft.solvers.lowrank import balanced_factors, truncated_svd
 
+HELD = "held out"
 KEPT = ("qlora nf2", "lora")  # whose adapters the probes use
 SVD_FIRST = "svd first nf2"
 
@@ -59,11 +61,28 @@ class Work:
             losses = row_losses(bench, opened(bench.base(row), row, seed))
             return {"metrics": {"rows": losses}} | about()
         keep = self.kept(model, row.label, seed) if row.label in KEPT and model == "g2p" else None
+        rate = self.rate(model, row)
         found: dict[str, Any]
         with svd_first() if row.label == SVD_FIRST else nullcontext():
-            found = bench.run(row, seed, keep=keep)
+            found = bench.run(row, seed, rate=rate, keep=keep)
         metrics = {score["name"]: round(score["value"], 6) for score in found.pop("scores")}
         return {"metrics": metrics, **found} | about()
+
+    def rate(self, model: str, row: Row) -> float | None:
+        """The rate of a row that held-out training rows choose with the first seed; None where there is no search."""
+        bench, seed, found = self.bench(model), self.recipes[model].seeds[0], dict[float, float]()
+        for rate in rates_of(self.recipes[model], row):
+            key = {"model": f"{model} {HELD}", "row": row.label, "seed": seed, "rate": rate}
+            cell = self.cells.get(key, partial(self._held, bench, row, seed, rate))
+            found[rate] = cell["metrics"][HELD]
+        return max(found, key=lambda rate: found[rate]) if found else None
+
+    def _held(self, bench: Bench, row: Row, seed: int, rate: float) -> dict[str, Any]:
+        """What a rate comes to on held-out rows, larger being better."""
+        found = bench.run(row, seed, rate=rate, held=True)
+        score = main_score(found.pop("scores"), bench.recipe.metric)
+        sign = 1 if score["better"] == "high" else -1
+        return {"metrics": {HELD: round(sign * score["value"], 6)}, **found} | about()
 
 
 def about() -> dict[str, Any]:

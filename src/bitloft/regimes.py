@@ -270,6 +270,11 @@ def fit(
     return tuple(shown.history)
 
 
+def rates_of(recipe: Recipe, row: Row) -> tuple[float, ...]:
+    """The learning rates that are searched for a row: none for an untrained one or one that names its own."""
+    return () if row.untrained or row.lr is not None else recipe.rates
+
+
 def main_score(scores: Sequence[dict[str, Any]], metric: str | None) -> dict[str, Any]:
     """The score that a table sorts by: the named one, else the first. Raises OptionError for a name that is absent."""
     names = [score["name"] for score in scores]

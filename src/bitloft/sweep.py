@@ -30,7 +30,7 @@ from bitloft.errors import BitloftError, CheckpointError
 from bitloft.integrations.ray import Cluster, connected, spread
 from bitloft.journal import Journal, working
 from bitloft.options.recipe import Recipe, Row, read_recipe
-from bitloft.regimes import Bench, main_score
+from bitloft.regimes import Bench, main_score, rates_of
 
 CELLS, TABLE, PAGE, RECIPE = "cells.jsonl", "table.md", "report.html", "recipe.json"
 Progress = Callable[[int, int, str], None]
@@ -151,20 +151,15 @@ def _tried(run: Callable[[], Cell]) -> Cell:
 
 def _rate(bench: Bench, journal: Journal, row: Row) -> float | None:
     """The learning rate of a row that held-out rows choose; None where there is no search."""
-    for rate in _rates(bench, row):
+    for rate in rates_of(bench.recipe, row):
         if _rate_name(row, rate) not in journal.done:
             journal.add(_rate_name(row, rate), bench.run(row, bench.recipe.seeds[0], rate=rate, held=True))
     return _best(bench, journal, row)
 
 
-def _rates(bench: Bench, row: Row) -> tuple[float, ...]:
-    """The learning rates that are searched for a row."""
-    return () if row.untrained or row.lr is not None else bench.recipe.rates
-
-
 def _best(bench: Bench, journal: Journal, row: Row) -> float | None:
     found: dict[float, float] = {}
-    for rate in _rates(bench, row):
+    for rate in rates_of(bench.recipe, row):
         score = main_score(journal.done[_rate_name(row, rate)]["scores"], bench.recipe.metric)
         found[rate] = score["value"] if score["better"] == "high" else -score["value"]
     return max(found, key=lambda rate: found[rate]) if found else None
@@ -223,7 +218,7 @@ def _make_bases(bench: Bench, rows: dict[str, Row], run: Run) -> dict[str, str]:
 def _try_rates(bench: Bench, journal: Journal, rows: dict[str, Row], run: Run) -> dict[str, str]:
     """Fill the journal with what the learning rates come to; of a row's failures the first, by its label."""
     first = bench.recipe.seeds[0]
-    wanted: list[Job] = [("held", row, first, rate) for row in rows.values() for rate in _rates(bench, row)]
+    wanted: list[Job] = [("held", row, first, rate) for row in rows.values() for rate in rates_of(bench.recipe, row)]
     lost: dict[tuple[str, float | None], str] = {}
     for (_, row, _, rate), cell in run([job for job in wanted if _rate_name(job[1], job[3]) not in journal.done]):
         if "failed" in cell:

@@ -13,7 +13,7 @@ run is resumed with the same settings, base and data, or not at all.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from bitloft.tasks.rows import read_rows
 
 REPORT = "train_report.json"
 SETTINGS = "settings.json"
-RANK = 16
+_RANK = 16
 # settings that may change between a run and its continuation: they do not change what is computed
 FREE = ("resume", "save_every", "log_every")
 
@@ -94,7 +94,7 @@ def train(
     model = load(base, start=options.start, arrange=False)
     check_length(options.length, model.config)
     precision = choose_precision(options.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    adapted, work = _adapted(model, options), out.with_name(out.name + ".work")
+    adapted, work = adapted_by(model, options), out.with_name(out.name + ".work")
     wanted = _identity(options, record, Path(data), precision)
     with distributed.first_alone() as first:
         resumed = _settle(work, wanted, resume=options.resume, overwrite=overwrite) if first else None
@@ -154,18 +154,18 @@ def _distribute(adapted: PeftModel, options: TrainOptions) -> None:
         distributed.leave_out_packed(adapted)
 
 
-def _adapted(model: PreTrainedModel, options: TrainOptions) -> PeftModel:
-    """The model with the adapter to train."""
+def adapted_by(model: PreTrainedModel, options: TrainOptions, targets: Sequence[str] = ()) -> PeftModel:
+    """The model with the adapter to train: its own start, or a fresh one over ``options.target`` (else ``targets``)."""
     if options.start == "trainable":
         return start_adapter(model, dropout=options.dropout)
-    rank = options.rank or RANK
+    rank = options.rank or _RANK
     return fresh_adapter(
         model,
         rank=rank,
         alpha=options.alpha or rank,
         rslora=options.rslora,
         dropout=options.dropout,
-        targets=options.target,
+        targets=options.target or tuple(targets),
         seed=options.seed,
     )
 

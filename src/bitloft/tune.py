@@ -25,7 +25,7 @@ from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.integrations.loading import base_record, load, load_tokenizer, quiet_loading
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.opening import open_model, quantized_by
-from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
+from bitloft.integrations.peft import save_adapter
 from bitloft.modules.linear import quant_linears
 from bitloft.options import TrainOptions
 from bitloft.regimes import fit, in_head, reset_head
@@ -33,7 +33,7 @@ from bitloft.tasks.catalog import Task, find_task, form_of, head_of
 from bitloft.tasks.documents import DocumentTask
 from bitloft.tasks.lm import check_length
 from bitloft.tasks.texts import TextTask
-from bitloft.train import RANK, TrainReport, train
+from bitloft.train import TrainReport, adapted_by, train
 
 HEAD, REPORT = "head.safetensors", "train_report.json"
 
@@ -95,7 +95,7 @@ def tune(
     model = open_for(base, wanted, start=options.start, seed=options.seed)
     check_length(options.length, model.config)
     form = form_of(wanted, model.config, load_tokenizer(base), length=options.length, generates=False)
-    adapted = _adapted(model, options)
+    adapted: Any = adapted_by(model, options, tuple(quant_linears(model)))
     for name, parameter in adapted.named_parameters():
         if in_head(name):
             parameter.requires_grad_(True)
@@ -136,21 +136,6 @@ def _as_rows(task: TextTask | DocumentTask, rows: list[dict[str, Any]], stem: Pa
     pairs = ({"prompt": task.prompt(row) + task.suffix, "completion": task.completion(row)} for row in rows)
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return file
-
-
-def _adapted(model: PreTrainedModel, options: TrainOptions) -> Any:
-    if options.start == "trainable":
-        return start_adapter(model, dropout=options.dropout)
-    rank = options.rank or RANK
-    return fresh_adapter(
-        model,
-        rank=rank,
-        alpha=options.alpha or rank,
-        rslora=options.rslora,
-        dropout=options.dropout,
-        targets=options.target or tuple(quant_linears(model)),
-        seed=options.seed,
-    )
 
 
 def open_for(base: str | Path, task: Task, *, start: str = "frozen", seed: int = 0) -> PreTrainedModel:
