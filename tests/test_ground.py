@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from bitloft.adapters import CONFIG_FILE, PackedAdapter, read_packed
@@ -17,6 +18,7 @@ from bitloft.inspection import inspect
 from bitloft.integrations.loading import base_record
 from bitloft.options import CompressOptions
 from bitloft.quantize import quantize
+from bitloft.sensitivity import second_moments
 from bitloft.train import train
 from tests.helpers import make_adapter, write_record, write_rows
 
@@ -132,12 +134,30 @@ def test_bulk_runs_say_it_in_the_row(world: dict[str, Path], tmp_path: Path) -> 
     assert "without a fingerprint" in row.reason
     with pytest.raises(OptionError, match="distill learns from one adapter's own data"):
         compress_all(tmp_path / "in", tmp_path / "out", CompressOptions(distill=5), base=world["two"])
+    with pytest.raises(OptionError, match="weigh measures one adapter's own data"):
+        compress_all(tmp_path / "in", tmp_path / "out", CompressOptions(weigh=5), base=world["two"])
+
+
+def test_weighing_counts_errors_by_the_loss_of_the_data(world: dict[str, Path], tmp_path: Path) -> None:
+    given = {"bits": 3.0, "refine": False}
+    weighed = compress(world["adapter"], tmp_path / "w", base=world["base"], data=world["rows"], weigh=2, **given)
+    found = second_moments(world["base"], world["rows"], rows=2, length=CompressOptions().length)
+    same = compress(world["adapter"], tmp_path / "s", moments=found.inputs, gradients=found.outputs, **given)
+    assert (weighed.method["metric"], weighed.method["weigh"]) == ("inputs+outputs", 2)
+    assert weighed.weighed_error == pytest.approx(same.weighed_error, rel=1e-3)
+    blind = compress(world["adapter"], tmp_path / "b", **given)
+    assert weighed.error > blind.error
+    assert "metric" not in blind.method
 
 
 def test_options_that_need_each_other(world: dict[str, Path], tmp_path: Path) -> None:
     adapter, out = world["adapter"], tmp_path / "out"
-    with pytest.raises(OptionError, match="distill runs the adapter on its base; give base and data"):
+    with pytest.raises(OptionError, match="distill runs the base on text; give base and data"):
         compress(adapter, out, base=world["base"], distill=3)
+    with pytest.raises(OptionError, match="weigh runs the base on text; give base and data"):
+        compress(adapter, out, data=world["rows"], weigh=3)
+    with pytest.raises(OptionError, match="weigh measures what moments and gradients say"):
+        compress(adapter, out, base=world["base"], data=world["rows"], weigh=3, gradients={"x": torch.eye(2)})
     with pytest.raises(OptionError, match="data is about an adapter on a base; give base too"):
         compress(adapter, out, data=world["rows"])
     with pytest.raises(OptionError, match="base_mismatch is about an adapter on a base"):

@@ -119,11 +119,34 @@ def test_input_moments_lower_the_error_where_inputs_are(plain: Path, tmp_path: P
 
 def test_moments_of_another_width_are_refused(plain: Path, tmp_path: Path) -> None:
     for name, moment, words in (
-        ("layers.0.q_proj", torch.eye(8), r"second moment of layers.0.q_proj has shape \(8, 8\); its inputs are 304"),
+        ("layers.0.q_proj", torch.eye(8), r"moment of layers.0.q_proj's inputs has shape \(8, 8\); there are 304"),
         ("layers.1.q_proj", -torch.eye(304), "is not positive"),
     ):
         with pytest.raises(OptionError, match=words):
             compress(plain, tmp_path / "p", moments={name: moment})
+
+
+def test_output_gradients_lower_the_error_in_the_outputs_that_matter(plain: Path, tmp_path: Path) -> None:
+    given = {}
+    for pair in read_adapter(plain).pairs:
+        g = torch.randn(300, 20) @ torch.randn(20, pair.b.shape[0]) + 0.3 * torch.randn(300, pair.b.shape[0])
+        given[pair.name] = g.T @ g / 300 + 1e-3 * torch.eye(pair.b.shape[0])
+    blind = compress(plain, tmp_path / "b", bits=0.8)
+    aware = compress(plain, tmp_path / "a", bits=0.8, gradients=given)
+    both = compress(plain, tmp_path / "c", bits=0.8, gradients=given, moments=moments(plain))
+    assert (aware.method["metric"], both.method["metric"]) == ("outputs", "inputs+outputs")
+    packed, lost, energy = read_packed(tmp_path / "b"), 0.0, 0.0
+    for pair in read_adapter(plain).pairs:
+        exact = pair.scaling * pair.b @ pair.a
+        delta = sum((decode(b.bt).T @ decode(b.a) for b in packed.modules[pair.name].blocks), torch.zeros_like(exact))
+        root = torch.linalg.cholesky(given[pair.name].double()).float()
+        lost += float((root.T @ (exact - delta)).square().sum())
+        energy += float((root.T @ exact).square().sum())
+    assert aware.weighed_error is not None
+    assert aware.weighed_error < 0.97 * lost / energy
+    assert aware.error > blind.error
+    with pytest.raises(OptionError, match=r"q_proj's outputs has shape \(8, 8\)"):
+        compress(plain, tmp_path / "p", gradients={"layers.0.q_proj": torch.eye(8)})
 
 
 def test_gptq_takes_the_moments(plain: Path, tmp_path: Path) -> None:

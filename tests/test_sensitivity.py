@@ -11,7 +11,7 @@ from bitloft.errors import DataError, OptionError
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears
 from bitloft.quantize import quantize
-from bitloft.sensitivity import input_moments
+from bitloft.sensitivity import second_moments
 from bitloft.tasks.lm import Collator, encode_rows
 from bitloft.tasks.rows import read_rows
 from tests.helpers import WORDS, write_rows
@@ -32,14 +32,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_metric_is_its_equation(base: Path, data: Path) -> None:
     """Against gradients taken by autograd, one row at a time, with nothing of the module's own machinery."""
-    found = input_moments(base, data, rows=2, length=48)
+    found = second_moments(base, data, rows=2, length=48)
     model = load(base)
-    assert set(found) == set(quant_linears(model))
+    assert set(found.inputs) == set(quant_linears(model))
     name = "model.layers.0.mlp.down_proj"
     from transformers import AutoTokenizer
 
     examples, _ = encode_rows(read_rows(data), AutoTokenizer.from_pretrained(base), 48)
-    layer, total = model.get_submodule(name), torch.zeros(())
+    layer, inputs, outputs = model.get_submodule(name), torch.zeros(()), torch.zeros(())
     for example in examples[:2]:
         kept: list[Tensor] = []
 
@@ -53,13 +53,17 @@ def test_the_metric_is_its_equation(base: Path, data: Path) -> None:
         hook.remove()
         x, slope = kept[0][0], kept[1].grad
         assert slope is not None
-        weights = slope[0].square().sum(1) * example.targets**2  # the model's loss is a mean, the metric's a sum
-        total = total + (x * weights[:, None]).T @ x
-    assert torch.allclose(found[name], total / total.diagonal().mean(), rtol=1e-3, atol=1e-5)
+        slope = slope[0] * example.targets  # the model's loss is a mean, the metric's a sum
+        inputs = inputs + (x * slope.square().sum(1, keepdim=True)).T @ x
+        outputs = outputs + (slope * x.square().sum(1, keepdim=True)).T @ slope
+    for side, total in ((found.inputs, inputs), (found.outputs, outputs)):
+        torch.testing.assert_close(side[name], total / total.diagonal().mean(), rtol=1e-3, atol=1e-5)
 
 
 def test_every_matrix_is_symmetric_positive_and_of_mean_one(base: Path, data: Path) -> None:
-    for moment in input_moments(base, data, rows=3, length=32).values():
+    found = second_moments(base, data, rows=3, length=32)
+    assert found.inputs.keys() == found.outputs.keys()
+    for moment in (*found.inputs.values(), *found.outputs.values()):
         assert torch.allclose(moment, moment.T)
         assert float(moment.diagonal().mean()) == pytest.approx(1.0, rel=1e-5)
         assert float(torch.linalg.eigvalsh(moment.double())[0]) > -1e-4
@@ -68,21 +72,21 @@ def test_every_matrix_is_symmetric_positive_and_of_mean_one(base: Path, data: Pa
 def test_a_loaded_model_is_left_as_it_was(base: Path, data: Path) -> None:
     model = load(base)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    found = input_moments(model, data, rows=1, length=32)
+    found = second_moments(model, data, rows=1, length=32).inputs
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    assert found.keys() == input_moments(base, data, rows=1, length=32).keys()
+    assert found.keys() == second_moments(base, data, rows=1, length=32).inputs.keys()
 
 
 def test_rows_are_bounded_by_what_is_asked(base: Path, data: Path) -> None:
-    first, all_rows = (input_moments(base, data, rows=n, length=32) for n in (1, 9))
+    first, all_rows = (second_moments(base, data, rows=n, length=32).inputs for n in (1, 9))
     assert any(not torch.allclose(first[name], all_rows[name]) for name in first)
     with pytest.raises(OptionError, match="rows is 0; use 1 or more"):
-        input_moments(base, data, rows=0)
+        second_moments(base, data, rows=0)
     with pytest.raises(OptionError, match="length 100000 is beyond"):
-        input_moments(base, data, length=100_000)
-    assert inspect.signature(input_moments).parameters["rows"].default == 16
+        second_moments(base, data, length=100_000)
+    assert inspect.signature(second_moments).parameters["rows"].default == 32
 
 
 def test_a_model_whose_loss_reaches_nothing_is_refused(base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,4 +95,4 @@ def test_a_model_whose_loss_reaches_nothing_is_refused(base: Path, data: Path, m
 
     monkeypatch.setattr("bitloft.sensitivity.target_losses", flat)
     with pytest.raises(DataError, match="reaches no linear layer; give other rows"):
-        input_moments(base, data, rows=1, length=32)
+        second_moments(base, data, rows=1, length=32)

@@ -18,7 +18,7 @@ from adapter_grid.tasks import rows_of
 from bitloft.evaluate import evaluate
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears, replace_module
-from bitloft.sensitivity import input_moments
+from bitloft.sensitivity import Moments, second_moments
 from bitloft.train import train
 
 BATCH = {"xsum": 2, "reference": 2}  # long rows: as many tokens a step as four of the others
@@ -72,9 +72,9 @@ class Decoder:
         report = evaluate(self.model(base), data, adapter, limit=effort.rows, length=effort.length)
         return {"loss": round(report.loss, 6), "stderr": report.stderr, "tokens": report.tokens}
 
-    def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]:
-        """The metric of the base's inputs on the first training rows."""
-        return input_moments(self.model(base), self.data(setting.task, "train"), length=setting.effort.length)
+    def moments(self, base: Path, setting: Setting) -> Moments:
+        """The metric of the base on the first training rows."""
+        return second_moments(self.model(base), self.data(setting.task, "train"), length=setting.effort.length)
 
     def model(self, base: Path) -> PreTrainedModel:
         if self._opened is None or self._opened[0] != base:

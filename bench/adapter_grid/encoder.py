@@ -23,7 +23,7 @@ from bitloft.integrations.loading import base_record, load, quiet_loading
 from bitloft.integrations.peft import register, save_adapter
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
-from bitloft.sensitivity import weighed_inputs
+from bitloft.sensitivity import Moments, collected
 
 COLUMNS = {"sst2": ("sentence", None, "label"), "mrpc": ("#1 String", "#2 String", "Quality")}
 HEAD_ROWS, HEAD_STEPS, TRAINED_ROWS = 1000, 200, 4000
@@ -91,10 +91,10 @@ class Encoder:
         stderr = float(found.std() / math.sqrt(len(rows)))
         return {"loss": float(found.mean()), "stderr": stderr, "tokens": len(rows), "right": right / len(rows)}
 
-    def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]:
-        """The metric of the base's inputs on the first training rows; padding has no gradient, hence no weight."""
+    def moments(self, base: Path, setting: Setting) -> Moments:
+        """The metric of the base on the first training rows; padding has no gradient, hence no weight."""
         model = load(base)
-        with weighed_inputs(model) as found:
+        with collected(model) as found:
             for chosen in _batches(self.rows(setting.task, "train")[:SAMPLE]):
                 self._losses(model, chosen).sum().backward()
         return found

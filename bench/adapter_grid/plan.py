@@ -19,17 +19,20 @@ OURS, THEIRS, PLAIN = "waterfill", "loraquant 2@0.8", "waterfill blind"
 SAME = "loraquant's bits"
 JOINT, DISTILLED = "joint", "waterfill distilled"
 SCALAR = "waterfill scalar"  # the ablation of its codes
+INPUTS = "waterfill inputs"  # the ablation of its metric: of inputs alone
 CODE = (
     "trellis"  # of the other ways of water-filling; part of their cells' keys, so cells of other codes are not theirs
 )
 DISTILL = 40  # steps
+BOTH = "inputs+outputs"
 
 
 def code_key(method: str) -> Key:
-    """What a cell's key says of its codes; methods that never changed theirs say nothing."""
+    """What a cell's key says of its codes and metric; methods that never changed theirs say nothing."""
     if not method.startswith(OURS):
         return {}
-    return {"code": "scalar" if method == SCALAR else CODE}
+    metric = {} if method in (PLAIN, INPUTS) else {"metric": BOTH}
+    return {"code": "scalar" if method == SCALAR else CODE} | metric
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Way:
-    """A method at one size. ``settings`` are those of compress; ``moments`` hands it the base's input moments."""
+    """A method at one size. ``settings`` are those of compress; ``moments`` hands it the base's second moments: of
+    "inputs", or of both inputs and output gradients."""
 
     method: str
     asked: object = ""
     settings: dict[str, Any] = field(default_factory=dict)
-    moments: bool = False
+    moments: str = ""
 
 
 def settings(mode: str, bases: Sequence[str]) -> list[Setting]:
@@ -115,7 +119,7 @@ def ways(mode: str) -> Iterator[Way]:
     sizes = {"smoke": (3.0, 4.0), "quick": SIZES[:4], "full": SIZES}[mode]
     yield Way(THEIRS, "", {"method": "loraquant", "high": 2, "ratio": 0.8})
     # below one bit joint refinement in a metric costs most of the time and gains a thousandth (docs/decisions.md)
-    yield from (Way(OURS, size, {"bits": size, "refine": size > 1}, moments=True) for size in sizes)
+    yield from (Way(OURS, size, {"bits": size, "refine": size > 1}, moments=BOTH) for size in sizes)
     yield Way("truncate 16", 1, {"method": "truncate", "rank": 1})
     yield Way("truncate 8", 1, {"method": "truncate", "rank": 1, "width": 8})
     yield Way(PLAIN, sizes[0], {"bits": sizes[0]})
@@ -127,15 +131,16 @@ def ways(mode: str) -> Iterator[Way]:
 
 def _more() -> Iterator[Way]:
     """What only the whole grid has."""
-    yield Way(DISTILLED, 0.5, {"bits": 0.5, "refine": False, "distill": DISTILL}, moments=True)
+    yield Way(DISTILLED, 0.5, {"bits": 0.5, "refine": False, "distill": DISTILL}, moments=BOTH)
+    yield from (Way(INPUTS, size, {"bits": size, "refine": False}, moments="inputs") for size in SIZES[:4])
     yield from (
-        Way(SCALAR, size, {"bits": size, "code": "scalar", "refine": False}, moments=True) for size in SIZES[:2]
+        Way(SCALAR, size, {"bits": size, "code": "scalar", "refine": False}, moments=BOTH) for size in SIZES[:2]
     )
     yield from (Way("truncate 8", rank, {"method": "truncate", "rank": rank, "width": 8}) for rank in (2, 4))
     yield Way("truncate 16", 2, {"method": "truncate", "rank": 2})
     yield Way("loraquant 3@0.9", "", {"method": "loraquant", "high": 3, "ratio": 0.9})
     yield from (Way(PLAIN, size, {"bits": size}) for size in SIZES[1:])
-    yield Way("waterfill refined", 0.5, {"bits": 0.5}, moments=True)
+    yield Way("waterfill refined", 0.5, {"bits": 0.5}, moments=BOTH)
     yield Way("sign", "", {"method": "sign"})
     yield from (Way(name, high, {"method": name, "high": high}) for name in ("rtn", "gptq") for high in (2, 3))
     yield from (Way(name) for name in ("pb_llm", "billm", "loraquant across"))

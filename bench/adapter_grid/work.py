@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import harness
-from torch import Tensor
 
 from adapter_grid.loose import LOOSE, joint, loose
-from adapter_grid.plan import JOINT, Setting, Way
+from adapter_grid.plan import BOTH, JOINT, Setting, Way
 from bitloft.adapters import read_adapter
 from bitloft.compress import compress
 from bitloft.errors import OptionError
 from bitloft.quantize import quantize
+from bitloft.sensitivity import Moments
 
 Cell = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Family(Protocol):
     def data(self, task: str, which: str) -> Path: ...
     def train(self, base: Path, setting: Setting, out: Path) -> None: ...
     def loss(self, base: Path, setting: Setting, adapter: Path | None) -> dict[str, Any]: ...
-    def moments(self, base: Path, setting: Setting) -> dict[str, Tensor]: ...
+    def moments(self, base: Path, setting: Setting) -> Moments: ...
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Work:
     family: Callable[[str], Family]
     bases: Mapping[str, Path] = field(default_factory=dict)
     start_rank: int = 16
-    _moments: tuple[Setting, dict[str, Tensor]] | None = None
+    _moments: tuple[Setting, Moments] | None = None
 
     def base(self, setting: Setting) -> Path:
         if setting.base in self.bases:
@@ -130,11 +130,14 @@ class Work:
         if "distill" in given:
             family = self.family(setting.task)
             given |= {"base": self.base(setting), "data": family.data(setting.task, "train")}
-        report = compress(source, out, moments=self._moments_of(setting) if way.moments else None, **given)
+        if way.moments:
+            found = self._moments_of(setting)
+            given |= {"moments": found.inputs} | ({"gradients": found.outputs} if way.moments == BOTH else {})
+        report = compress(source, out, **given)
         bits = {"true_bits": report.true_bits / share, "payload_bits": report.payload_bits / share}
         return {**bits, "error": report.error, "weighed_error": report.weighed_error}
 
-    def _moments_of(self, setting: Setting) -> dict[str, Tensor]:
+    def _moments_of(self, setting: Setting) -> Moments:
         """They belong to base and task; those of the last setting are kept."""
         wanted = replace(setting, rank=0, seed=0)
         if self._moments is None or self._moments[0] != wanted:

@@ -101,8 +101,9 @@ def compress_all(
         raise OptionError(f"jobs is {jobs}; use 1 or more.")
     if cluster is not None and (jobs != 1 or cluster.threads != 1):
         raise OptionError("adapters are packed with one thread each by the workers of the cluster; leave jobs at 1.")
-    if options.distill:
-        raise OptionError("distill learns from one adapter's own data; pack the adapters one by one.")
+    for name, does in (("distill", "learns from"), ("weigh", "measures")):
+        if getattr(options, name):
+            raise OptionError(f"{name} {does} one adapter's own data; pack the adapters one by one.")
     sources = adapters_in(directory)
     if any(source.name == REPORTS for source in sources):
         raise CheckpointError(f"an adapter in {directory} is named {REPORTS!r}, where reports are written; rename it.")

@@ -28,7 +28,7 @@ from bitloft.checkpoint import SCHEMA, ignored_pickles, write_json, write_tensor
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.kernels.ops import decode
 from bitloft.options import CompressOptions
-from bitloft.packing import Distilled, Packing, Progress, block_bytes
+from bitloft.packing import Distilled, Metric, Packing, Progress, block_bytes
 from bitloft.solvers.adapter import Components
 
 EXPANDED = {"float32": torch.float32, "float16": torch.float16}
@@ -51,8 +51,8 @@ class ModuleReport:
 @dataclass(frozen=True)
 class CompressReport:
     """What ``compress`` did. ``error`` is |s*B*A - packed|^2 / |s*B*A|^2 over the whole adapter, from stored bytes;
-    ``weighed_error`` is the same under the input moments, None where none were given. ``mismatch`` says what an adapter
-    that does not name the given base does there."""
+    ``weighed_error`` is the same in the metric of moments and gradients, None where none were given. ``mismatch`` says
+    what an adapter that does not name the given base does there."""
 
     adapter: str
     out: str
@@ -82,6 +82,7 @@ def compress(
     data: str | Path | None = None,
     trained_on: str | Path | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -90,10 +91,11 @@ def compress(
 
     Settings are the fields of CompressOptions. ``base`` is the base directory it is meant for; an adapter that does not
     name it is refused, measured or allowed (``base_mismatch``): on ``data`` (rows or text, else a small built-in text),
-    and on ``trained_on``, the model that it was trained on, if that is given. ``data`` is also what ``distill`` learns
-    from. Either loads the whole base. ``moments`` maps module paths to second moments [in, in] of their inputs, mean of
-    x x^T: errors then count where inputs are (modules that it leaves out keep the plain norm). ``progress`` is called
-    with (modules done, modules in all, module name), in a distillation with steps.
+    and on ``trained_on``, the model that it was trained on, if that is given. ``data`` is also what ``weigh`` measures
+    and ``distill`` learns from. All of these load the whole base. In place of ``weigh``, ``moments`` maps module paths
+    to second moments [in, in] of their inputs: errors then count where inputs are; ``gradients`` to those [out, out] of
+    the loss's gradients by their outputs: errors count in the outputs that matter. Modules that are left out keep the
+    plain norm. ``progress`` is called with (modules done, modules in all, module name), in a distillation with steps.
     Raises OptionError where the budget is below the floor (the sentence names the least possible) or the quality cannot
     be met, AdapterError for an adapter that is not plain LoRA or is refused on the base, DataError for bad rows,
     CheckpointError for damaged files.
@@ -102,7 +104,9 @@ def compress(
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; remove it or choose another place.")
     source = read_adapter(adapter)
-    job, modules, notes, distilled = _solved(source, options, base, data, trained_on, moments, progress)
+    job, modules, notes, distilled = _solved(
+        source, options, base, data, trained_on, Metric(moments or {}, gradients or {}), progress
+    )
     files = job.files(modules)
     with writing(out, overwrite=overwrite) as directory:
         for name, content in files.items():
@@ -136,7 +140,7 @@ def _solved(
     base: str | Path | None,
     data: str | Path | None,
     trained_on: str | Path | None,
-    moments: Mapping[str, Tensor] | None,
+    metric: Metric,
     progress: Progress | None,
 ) -> tuple[Packing, list[PackedModule], list[str], Distilled | None]:
     """The packing with its modules, notes and distillation; the base is loaded only where one is given."""
@@ -146,7 +150,11 @@ def _solved(
 
         ground = Ground(Path(base or ""), None if data is None else Path(data), options)
         mismatch = ground.met(source, trained_on)
-    job = Packing(source, options, moments=moments, mismatch=mismatch, progress=progress)
+        if options.weigh:
+            if metric.name:
+                raise OptionError("weigh measures what moments and gradients say; give one of them.")
+            metric = ground.metric(options.weigh)
+    job = Packing(source, options, metric=metric, mismatch=mismatch, progress=progress)
     modules, notes = job.solve()
     if ground is not None and options.distill:
         blocks, distilled = ground.distill(source, modules, progress)
@@ -156,8 +164,9 @@ def _solved(
 
 def _needs_base(options: CompressOptions, base: object, data: object, trained_on: object) -> bool:
     """Whether a base is given. Raises OptionError where something else asks for one."""
-    if options.distill and (base is None or data is None):
-        raise OptionError("distill runs the adapter on its base; give base and data.")
+    running = next((name for name in ("distill", "weigh") if getattr(options, name)), None)
+    if running and (base is None or data is None):
+        raise OptionError(f"{running} runs the base on text; give base and data.")
     given = {"data": data, "trained_on": trained_on, "base_mismatch": options.base_mismatch}
     asking = next((name for name, value in given.items() if value is not None), None)
     if base is None and asking:

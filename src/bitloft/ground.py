@@ -32,7 +32,8 @@ from bitloft.integrations.opening import open_model
 from bitloft.modules.multi import AdapterBank
 from bitloft.modules.trial import Coded, applied, packed_again
 from bitloft.options import CompressOptions
-from bitloft.packing import Distilled
+from bitloft.packing import Distilled, Metric
+from bitloft.sensitivity import second_moments
 from bitloft.tasks.distill import Batch, Course, Progress, descend, divergences, hold_out, mean_loss
 from bitloft.tasks.lm import Collator, Example, check_length, encode_rows, target_logits, target_losses
 from bitloft.tasks.rows import read_rows
@@ -62,6 +63,11 @@ class Ground:
         rows, tokenizer = read_rows(self.data or ""), load_tokenizer(self.base)
         check_length(self.options.length, self.bank.model.config)
         return encode_rows(rows, tokenizer, self.options.length)[0]
+
+    def metric(self, rows: int) -> Metric:
+        """Where errors matter to the loss on the first ``rows`` sequences of the data."""
+        found = second_moments(self.bank.model, self.data or "", rows=rows, length=self.options.length)
+        return Metric(found.inputs, found.outputs)
 
     def met(self, adapter: Adapter, trained_on: str | Path | None) -> str | None:
         """What is to be told of an adapter that does not name this base, None of one that does.

@@ -26,6 +26,7 @@ from bitloft.solvers.refine import refined
 Progress = Callable[[int, int, str], None]
 Blocks = tuple[PackedBlock, ...]
 ROUNDS = 8  # of allocating and measuring; two or three are enough
+OUT_DAMPING = 0.1  # of output gradients: a few thousand tokens leave their rarer directions open (docs/decisions.md)
 RESERVE = 2  # bytes a module: an error of three digits, compressed
 HALVINGS = 10  # of the bracket between half and all of the size that predicted errors ask for: 0.05 % of it is left
 
@@ -46,6 +47,21 @@ class Distilled:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Metric:
+    """By module path: second moments of ``inputs`` [in, in], and of the loss's gradients by ``outputs`` [out, out]."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        return "+".join(name for name, found in (("inputs", self.inputs), ("outputs", self.outputs)) if found)
+
+    def of(self, module: str) -> tuple[Tensor | None, Tensor | None]:
+        return self.inputs.get(module), self.outputs.get(module)
+
+
 class Packing:
     """One adapter on its way: its singular components, and the bytes that a choice of blocks would take."""
 
@@ -54,25 +70,29 @@ class Packing:
         source: Adapter,
         options: CompressOptions,
         *,
-        moments: Mapping[str, Tensor] | None = None,
+        metric: Metric | None = None,
         mismatch: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.source, self.options, self.mismatch, self._progress = source, options, mismatch, progress
         self._errors: dict[tuple[Any, ...], float] = {}
         self._refined: dict[tuple[Any, ...], Blocks] = {}
-        self._weighed = bool(moments)
-        self.exact = [self._components(pair, None) for pair in source.pairs]
-        self._aims = self.exact if not moments else [self._components(p, moments.get(p.name)) for p in source.pairs]
+        self.exact = [self._components(pair) for pair in source.pairs]
+        self._metric, self._aims = metric.name if metric else "", self.exact
+        if metric and self._metric:
+            self._aims = [self._components(p, *metric.of(p.name)) for p in source.pairs]
         self.energy = sum(c.energy for c in self.exact)
 
-    def _components(self, pair: LoraPair, moment: Tensor | None) -> Components:
-        if moment is not None and moment.shape[0] != pair.a.shape[1]:
-            raise OptionError(
-                f"the second moment of {pair.name} has shape {tuple(moment.shape)}; its inputs are {pair.a.shape[1]}."
-            )
+    def _components(self, pair: LoraPair, moment: Tensor | None = None, gradient: Tensor | None = None) -> Components:
+        for side, found, size in (("inputs", moment, pair.a.shape[1]), ("outputs", gradient, pair.b.shape[0])):
+            if found is not None and found.shape[0] != size:
+                raise OptionError(
+                    f"the second moment of {pair.name}'s {side} has shape {tuple(found.shape)}; there are {size}."
+                )
+        root = None if moment is None else root_of(moment)
+        out_root = None if gradient is None else root_of(gradient, OUT_DAMPING)
         try:
-            return components(pair.a, pair.b, pair.scaling, None if moment is None else root_of(moment))
+            return components(pair.a, pair.b, pair.scaling, root, out_root)
         except AdapterError as error:
             raise AdapterError(f"module {pair.name} of adapter {self.source.path}: {error}") from error
 
@@ -194,8 +214,8 @@ class Packing:
         return lost / self.energy if self.energy else 0.0
 
     def weighed_error(self, modules: Sequence[PackedModule]) -> float | None:
-        """The same where inputs are, None without second moments."""
-        if not self._weighed:
+        """The same in the metric of second moments, None without them."""
+        if not self._metric:
             return None
         energy = sum(c.energy for c in self._aims)
         lost = sum(product_error(c, m.blocks) for m, c in zip(modules, self._aims, strict=True))
@@ -208,7 +228,7 @@ class Packing:
             "base": source.base,
             "source": source.source,
             "start": source.start,
-            "method": self.options.settings | ({"metric": "inputs"} if self._weighed else {}),
+            "method": self.options.settings | ({"metric": self._metric} if self._metric else {}),
             "values": source.values,
             "error": float(f"{self.error(modules):.3e}"),
         }

@@ -13,7 +13,7 @@ from bitloft.options.fields import (
 )
 
 METHODS = {
-    "waterfill": ("bits", "quality", "code", "distill"),
+    "waterfill": ("bits", "quality", "code", "weigh", "distill"),
     "loraquant": ("high", "ratio", "split"),
     "rtn": ("high",),
     "sign": (),
@@ -56,6 +56,11 @@ class CompressOptions:
     rank: int | None = option(None, "rank that truncate keeps (default: 1)")
     width: int | None = option(None, "bits of a value that truncate keeps, 16 or 8 (default: 16)")
     refine: bool = option(True, "waterfill: joint refinement of codes; loraquant: search of the ranges")
+    weigh: int | None = option(
+        None,
+        "waterfill: errors count by what they do to the loss on so many first sequences of --data (16 to 32 will do); "
+        "needs --base and --data",
+    )
     distill: int | None = option(
         None, "waterfill: steps of distillation on --data after packing, at the same size; needs --base and --data"
     )
@@ -68,11 +73,11 @@ class CompressOptions:
     def __post_init__(self) -> None:
         require_choices(method=(self.method, METHODS))
         used = METHODS[self.method]
-        for name in ("bits", "quality", "code", "high", "ratio", "split", "rank", "width", "distill"):
+        for name in ("bits", "quality", "code", "high", "ratio", "split", "rank", "width", "weigh", "distill"):
             ok = name in used or getattr(self, name) is None
             require(ok, f"{name} does not apply to method {self.method}; leave it out.")
         require(self.bits is None or self.quality is None, "bits and quality are two ways to choose a size; give one.")
-        require_positive(self, "bits", "rank", "distill", "batch")
+        require_positive(self, "bits", "rank", "weigh", "distill", "batch")
         require(self.length >= 2, f"length is {self.length}; use 2 or more.")
         require(self.distill is not None or self.distill_codes, "distill_codes applies to distill; give its steps.")
         require_mismatch(self.base_mismatch)

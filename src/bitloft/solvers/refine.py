@@ -4,13 +4,17 @@
 
 With all but one factor fixed, the error is a quadratic in that factor with a diagonal Hessian: |a_i|^2 |t - b_i|^2 with
 the target t = (D - sum_{j != i} b_j a_j^T) a_i / |a_i|^2. So rounding t to the nearest level is the exact best move for
-b_i; for a_i the codes and their scale are searched for its target, and kept if they lose less. Trellis codes are walked
-towards the target on either side, and what a walk wants of the scale goes to a_i, which has one. First a code is chosen
-for each component alone; here each sees what the others left, and what stays out of the file altogether.
+b_i (not in a metric of outputs, where it is kept if it loses less); for a_i the codes and their scale are searched for
+its target, and kept if they lose less. Trellis codes are walked towards the target on either side, and what a walk
+wants of the scale goes to a_i, which has one. First a code is chosen for each component alone; here each sees what the
+others left, and what stays out of the file altogether.
 
 Least squares with requantization (CALDERA) solves for all factors at once and rounds afterwards; one component at a
 time needs no inverse and never goes up.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -68,6 +72,7 @@ def _move_left(
     seen = exact.seen(right)
     gram = (seen @ seen.T).float()
     inner = ((seen @ exact.seen(exact.v).T * exact.s.double()) @ exact.u.double()).float()
+    cost = partial(_cost, exact.out_seen)
     for i, packed in enumerate(stored):
         own = gram[i, i]
         if own <= 0:
@@ -75,13 +80,13 @@ def _move_left(
         target = (left[i] + (inner[i] - gram[i] @ left) / own)[None]
         if packed.format.family != "trellis":
             codes = search.nearest(target, torch.ones(1, 1), packed.format.levels)
-            stored[i] = _coded(packed, codes, packed.scales)
-            left[i] = decode(stored[i])[0]
+            found = _coded(packed, codes, packed.scales)
+            values = decode(found)
+            if exact.out_root is None or cost(target - values) < cost(target - left[i : i + 1]):
+                stored[i], left[i] = found, values[0]
             continue
-        walked, grown, growth = _walked(target, packed, scaled[i])
-        if growth and float((target - growth * decode(walked)).square().sum()) < float(
-            (target - left[i]).square().sum()
-        ):
+        walked, grown, growth = _walked(target, packed, scaled[i], exact.out_powers)
+        if growth and cost(target - growth * decode(walked)) < cost(target - left[i : i + 1]):
             stored[i], scaled[i] = walked, grown
             left[i], right[i] = decode(walked)[0], decode(grown)[0]
             gram[i] *= growth
@@ -89,12 +94,19 @@ def _move_left(
             inner[i] *= growth
 
 
+def _cost(seen: Callable[[Tensor], Tensor], error: Float[Tensor, "1 n"]) -> float:
+    return float(seen(error).square().sum())
+
+
 def _walked(
-    target: Float[Tensor, "1 out"], packed: PackedTensor, scaled: PackedTensor
+    target: Float[Tensor, "1 out"],
+    packed: PackedTensor,
+    scaled: PackedTensor,
+    powers: Float[Tensor, " out"] | None,
 ) -> tuple[PackedTensor, PackedTensor, float]:
     """Codes of ``target`` without a scale, ``scaled`` with theirs on top of its own, and by how much that grew."""
     fmt = packed.format
-    found = encode_trellis(target, Format(fmt.family, fmt.bits, ROW))
+    found = encode_trellis(target, Format(fmt.family, fmt.bits, ROW), powers)
     before = unpack_halves(scaled.scales, scaled.exponent)
     scales = pack_halves(before * unpack_halves(found.scales, found.exponent), scaled.exponent)
     after = unpack_halves(scales, scaled.exponent)
@@ -107,9 +119,9 @@ def _move_right(
     exact: Components, right: Float[Tensor, "k columns"], left: Float[Tensor, "k out"], stored: list[PackedTensor]
 ) -> None:
     """Every a_i to the best codes and scale found for its target; ``right`` and ``stored`` change in place."""
-    double = left.double()
-    gram = (double @ double.T).float()
-    inner = ((double @ exact.u.double().T * exact.s.double()) @ exact.v.double()).float()
+    seen, cost = exact.out_seen(left), partial(_cost, exact.seen)
+    gram = (seen @ seen.T).float()
+    inner = ((seen @ exact.out_seen(exact.u).T * exact.s.double()) @ exact.v.double()).float()
     for i, packed in enumerate(stored):
         own = gram[i, i]
         if own <= 0:
@@ -117,8 +129,7 @@ def _move_right(
         target = (right[i] + (inner[i] - gram[i] @ right) / own)[None]
         found = _searched(exact, target, packed)
         values = decode(found)
-        before, after = (float(exact.seen(target - row).square().sum()) for row in (right[i : i + 1], values))
-        if after < before:
+        if cost(target - values) < cost(target - right[i : i + 1]):
             stored[i], right[i] = found, values[0]
 
 

@@ -6,8 +6,9 @@ c^u, c^v are trellis codes (scalar ones on short sides or if asked for: Lloyd-Ma
 product needs one scale only, so A stores fp16 s_i*g_i per component and B stores none; g_i = (u.c^u)(v.c^v) /
 (c^u.c^u c^v.c^v) is the least-squares choice, and the error it leaves, s_i^2 (1 - cos^2(u, c^u) cos^2(v, c^v)), is
 known before anything is packed. Bits then go wherever they lower the error most per byte, jumps over widths included
-(the lower convex hull of each component's error curve). Where the components carry an input metric, cosines and errors
-of the v side are taken in it, and its walks weigh columns by the metric's diagonal: a walk cannot weigh pairs of them.
+(the lower convex hull of each component's error curve). Where the components carry a metric of inputs or outputs,
+cosines and errors of that side are taken in it, and its walks weigh values by the metric's diagonal: a walk cannot
+weigh pairs of them.
 
 The alternative not taken, a share of the budget per matrix, ignores that the spectra of real adapters are steep and
 differ tenfold between matrices: measured on trained adapters, one budget for all is where most of the gain comes from.
@@ -58,9 +59,9 @@ def code(exact: Components, kind: str = "trellis") -> Coded:
     every choice of two of them."""
     energy = exact.s.double().square()
     a = tuple(_unit_codes(exact.v, bits, kind, exact.powers) for bits in WIDTHS)
-    bt = tuple(_unit_codes(exact.u, bits, kind, None) for bits in WIDTHS)
+    bt = tuple(_unit_codes(exact.u, bits, kind, exact.out_powers) for bits in WIDTHS)
     fit_a = [_fit(exact.seen(exact.v), exact.seen(decode(codes))) for codes in a]
-    fit_bt = [_fit(exact.u.double(), decode(codes).double()) for codes in bt]
+    fit_bt = [_fit(exact.out_seen(exact.u), exact.out_seen(decode(codes))) for codes in bt]
     scales, errors, costs = [], [energy], [0]
     # padded to whole bytes in every plane
     columns, rows = (Format("lm", 2, ROW).width(n) for n in (exact.v.shape[1], exact.u.shape[1]))
