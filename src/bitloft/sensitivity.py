@@ -95,7 +95,8 @@ def _watched(sums: Moments, name: str) -> Callable[..., None]:
         x = args[0].detach().flatten(0, -2)
 
         def add(gradient: Float[Tensor, "*batch out"]) -> None:
-            for side, one, other in ((sums.inputs, x, gradient), (sums.outputs, gradient, x)):
+            g = gradient.flatten(0, -2)
+            for side, one, other in ((sums.inputs, x, g), (sums.outputs, g, x)):
                 side[name] = _weighted(one, other) + side.get(name, 0.0)
 
         output.register_hook(add)
@@ -103,8 +104,7 @@ def _watched(sums: Moments, name: str) -> Callable[..., None]:
     return hook
 
 
-def _weighted(one: Float[Tensor, "*tokens n"], other: Float[Tensor, "*tokens m"]) -> Float[Tensor, "n n"]:
+def _weighted(one: Float[Tensor, "tokens n"], other: Float[Tensor, "tokens m"]) -> Float[Tensor, "n n"]:
     """sum_t |other_t|^2 one_t one_t^T."""
-    norms = torch.linalg.vector_norm(other.flatten(0, -2).float(), dim=1, keepdim=True)
-    weighted = one.flatten(0, -2).float() * norms
+    weighted = one.float() * torch.linalg.vector_norm(other.float(), dim=1, keepdim=True)
     return weighted.T @ weighted
