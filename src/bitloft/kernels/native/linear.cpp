@@ -108,7 +108,7 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
-  part.x_bytes = up(prepared_bytes(part), 64);
+  part.x_bytes = up(prepared_bytes(part), 64) + (rows > 1 ? 64 : 0);  // rows a power of two apart would share few cache lines
   table.read_levels(m, part.levels);
   return part;
 }

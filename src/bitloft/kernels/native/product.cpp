@@ -129,7 +129,7 @@ BL_INLINE void fetch_scales(const Product& p, int64_t group) {
 
 // The words of a piece, [units][STRIDE]; `room` holds them where they lie in another order.
 template <int BITS>
-BL_INLINE const uint32_t* words_of(const Product& p, int64_t unit, int64_t units, int64_t block, [[maybe_unused]] uint32_t* room) {
+BL_INLINE const uint32_t* words_of(const Product& p, int64_t unit, [[maybe_unused]] int64_t units, [[maybe_unused]] int64_t block, [[maybe_unused]] uint32_t* room) {
 #if defined(BL_HAS_avx512)
   if constexpr (WRITTEN_OUT<BITS>) {
     constexpr int64_t WORDS = unit_words(BITS) * BLOCK;
@@ -146,14 +146,18 @@ UNROLL(12)
   return p.codes + unit * unit_words(BITS) * BLOCK;
 }
 
+// The scales of sixteen rows.
+BL_INLINE Lanes scale_of(const Product& p, int64_t group, int64_t block, int vector) {
+  const int64_t at = p.scale_at(group, block) + vector * 16;
+  if (p.scales != nullptr) return load(p.scales + at);
+  return multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
+}
+
 template <int ROWS>
 BL_INLINE void add_scaled(const Lanes* sums, const Product& p, int64_t group, float* totals, int64_t block = 0) {
 UNROLL(4)
   for (int v = 0; v < VECTORS; ++v) {
-    const int64_t at = p.scale_at(group, block) + v * 16;
-    const Lanes scale = p.scales != nullptr
-                            ? load(p.scales + at)
-                            : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
+    const Lanes scale = scale_of(p, group, block, v);
 UNROLL(6)
     for (int r = 0; r < ROWS; ++r) {
       float* total = totals + r * BLOCK + v * 16;
@@ -233,37 +237,69 @@ UNROLL(4)
   }
 }
 
+// Some pieces that were written down, one after the other: each has a scale of its own and `steps` steps.
+struct Written {
+  int64_t block, group, pieces, steps;
+  const float* tile;
+};
+
+// Half of the vectors at a time: then totals stay in registers beside the sums, from piece to piece.
 template <Input INPUT, int ROWS>
-void multiply_rows(const Product& p, int64_t group, int64_t block, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
-  const int64_t stride = p.x_stride;
-  Lanes sums[ROWS * VECTORS];
-UNROLL(24)
-  for (int i = 0; i < ROWS * VECTORS; ++i) sums[i] = none();
-  for (int64_t i = 0; i < steps; ++i, tile += BLOCK) {
-    Lanes values[VECTORS];
-UNROLL(4)
-    for (int v = 0; v < VECTORS; ++v) values[v] = load(tile + v * 16);
+void multiply_rows(const Product& p, const Written& w, const uint32_t* from, float* totals) {
+  constexpr int HALF = VECTORS / 2;
+  for (int first = 0; first < VECTORS; first += HALF) {
+    const float* tile = w.tile + first * 16;
+    const uint32_t* x = from;
+    Lanes total[ROWS * HALF];
+UNROLL(12)
+    for (int i = 0; i < ROWS * HALF; ++i) total[i] = load(totals + i / HALF * BLOCK + (first + i % HALF) * 16);
+    for (int64_t piece = 0; piece < w.pieces; ++piece) {
+      Lanes sums[ROWS * HALF];
+UNROLL(12)
+      for (int i = 0; i < ROWS * HALF; ++i) sums[i] = none();
+      for (int64_t i = 0; i < w.steps; ++i, tile += BLOCK, ++x) {
+        Lanes values[HALF];
+UNROLL(2)
+        for (int v = 0; v < HALF; ++v) values[v] = load(tile + v * 16);
 UNROLL(6)
-    for (int r = 0; r < ROWS; ++r)
-UNROLL(4)
-      for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = step<INPUT>(sums[r * VECTORS + v], values[v], x[r * stride + i]);
+        for (int r = 0; r < ROWS; ++r)
+UNROLL(2)
+          for (int v = 0; v < HALF; ++v) sums[r * HALF + v] = step<INPUT>(sums[r * HALF + v], values[v], x[r * p.x_stride]);
+      }
+UNROLL(2)
+      for (int v = 0; v < HALF; ++v) {
+        const Lanes scale = scale_of(p, w.group + piece, w.block, first + v);
+UNROLL(6)
+        for (int r = 0; r < ROWS; ++r) total[r * HALF + v] = fma(sums[r * HALF + v], scale, total[r * HALF + v]);
+      }
+    }
+UNROLL(12)
+    for (int i = 0; i < ROWS * HALF; ++i) store(totals + i / HALF * BLOCK + (first + i % HALF) * 16, total[i]);
   }
-  add_scaled<ROWS>(sums, p, group, totals, block);
 }
 
 template <Input INPUT>
-void multiply_some(int64_t count, const Product& p, int64_t group, int64_t block, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
+void multiply_some(int64_t count, const Product& p, const Written& w, const uint32_t* x, float* totals) {
 #if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
   switch (count) {
-    case 6: return multiply_rows<INPUT, 6>(p, group, block, tile, steps, x, totals);
-    case 5: return multiply_rows<INPUT, 5>(p, group, block, tile, steps, x, totals);
-    case 4: return multiply_rows<INPUT, 4>(p, group, block, tile, steps, x, totals);
-    case 3: return multiply_rows<INPUT, 3>(p, group, block, tile, steps, x, totals);
+    case 6: return multiply_rows<INPUT, 6>(p, w, x, totals);
+    case 5: return multiply_rows<INPUT, 5>(p, w, x, totals);
+    case 4: return multiply_rows<INPUT, 4>(p, w, x, totals);
+    case 3: return multiply_rows<INPUT, 3>(p, w, x, totals);
     default: break;
   }
 #endif
-  for (int64_t r = 0; r < count; ++r)
-    multiply_rows<INPUT, 1>(p, group, block, tile, steps, x + r * p.x_stride, totals + r * BLOCK);
+  for (int64_t r = 0; r < count; ++r) multiply_rows<INPUT, 1>(p, w, x + r * p.x_stride, totals + r * BLOCK);
+}
+
+// As many groups at once as a piece has room for.
+template <int BITS, class F>
+BL_INLINE void each_chunk(const Product& p, F&& f) {
+  constexpr int64_t most = PIECE / unit_columns(BITS);
+  if (p.group_units > most) return each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) { f(unit, units, group, 1); });
+  const int64_t together = p.group_units > 0 ? most / p.group_units : 1;  // no columns, nothing to add
+  for (int64_t group = 0; group < p.groups; group += together)
+    f(group * p.group_units, p.group_units, group, p.groups - group < together ? p.groups - group : together);
 }
 
 template <int BITS, Input INPUT>
@@ -272,13 +308,14 @@ void tiled(const Product& p) {
   const Part part(p.levels);
   float* tile = static_cast<float*>(p.tile);
   const int64_t turns = (p.rows + MOST - 1) / MOST;
-  each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
+  each_chunk<BITS>(p, [&](int64_t unit, int64_t units, int64_t group, int64_t pieces) {
     for (int64_t block = 0; block < p.blocks; ++block) {
-      write_down<BITS, INPUT>(part, p, unit, units, block, tile);
+      for (int64_t i = 0; i < pieces; ++i) write_down<BITS, INPUT>(part, p, unit + i * units, units, block, tile + i * units * Part::STEPS * BLOCK);
+      const Written written{block, group, pieces, units * Part::X, tile};
       for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
         const uint32_t* x = static_cast<const uint32_t*>(p.x) + row * p.x_stride + unit * Part::X;
-        multiply_some<INPUT>(count, p, group, block, tile, units * Part::X, x, p.totals + (block * p.rows + row) * BLOCK);
+        multiply_some<INPUT>(count, p, written, x, p.totals + (block * p.rows + row) * BLOCK);
       }
     }
   });
