@@ -228,12 +228,34 @@ def many_rows(bench: Bench) -> dict[str, float | None]:
     }
 
 
+def rounded_rows(bench: Bench) -> dict[str, float | None]:
+    """``--activations int8`` against the default, both by ``ops`` (the operator does not take it), bfloat16 input."""
+    figures: dict[str, float | None] = {}
+    for fmt, short in (("nf4:64", "nf4"), ("lm2:64", "lm2"), ("lm3:64", "lm3")):
+        packed = bench.packed[fmt]
+        turn = cycle(arranged_copies(packed, bench.copies(packed.nbytes))[0])
+        for rows in (1, 4, 32):
+            key = f"{short}_int8_m{rows}_vs_default"
+            if not cpu_linear.takes_int8():
+                figures[key] = None
+                continue
+            x = bench.input(rows, torch.bfloat16)
+            pair = bench.pair(
+                f"{fmt} {rows} rows int8 : default",
+                lambda x, turn=turn: ops.packed_linear(x, next(turn), activations="int8"),
+                lambda x, turn=turn: ops.packed_linear(x, next(turn)),
+                x,
+            )
+            figures[key] = round(pair.ratio, 3)
+    return figures
+
+
 def main() -> int:
     arguments = harness.parser(__doc__).parse_args()
     harness.begin(arguments)
     bench = Bench(arguments.mode)
     with torch.no_grad():
-        figures = few_rows(bench) | many_rows(bench)
+        figures = few_rows(bench) | many_rows(bench) | rounded_rows(bench)
     harness.table(("ours : theirs", "ours ms", "theirs ms", "ratio"), bench.rows)
     floors = [(fmt, rows, 1e3 * bench.floor(fmt, rows)) for fmt in FORMATS for rows in (1, 4, 32, 256)]
     harness.table(("format", "rows", "floor ms"), floors)

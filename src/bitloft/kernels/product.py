@@ -94,6 +94,7 @@ def _start_product(x: Tensor, start: Start, features: int, addend: Tensor | None
 
 _EVERY_ROW = cpu_lora.Rows(1, [])
 
+
 class _Product(torch.autograd.Function):
     """The product with the gradients that a frozen weight and start leave: of input, bias and addend.
 

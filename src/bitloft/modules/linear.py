@@ -53,8 +53,8 @@ class QuantLinear(Arrangement, nn.Linear):
         self.batch_invariant = False  # one kernel and one order of sums at any number of rows
         self.activations: str | None = None  # what the input is rounded to for the product: bf16, int8, or nothing
         self._kept_start: tuple[Tensor | None, Tensor | None, Start] | None = None
-        # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for nothing;
-        # where it adds something, a start that it is given is in it
+        # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for
+        # nothing; where it adds something, a start that it is given is in it
         self.deltas: Callable[[Tensor, Start | None], Tensor | None] | None = None
         allocate(self, "weight", (out_features, in_features), format, device, parameter=True)
         if self.start_format is not None:
