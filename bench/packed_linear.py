@@ -67,6 +67,11 @@ class Bench:
         turn = cycle([operators.flat(copy) for copy in copies])
         return lambda x: multiply(x, next(turn), invariant=invariant)
 
+    def by_ops(self, fmt: str, activations: str | None = None) -> Call:
+        """``ops.packed_linear`` on one copy of the weight after the other: the operator takes no ``activations``."""
+        turn = cycle(arranged_copies(self.packed[fmt], self.copies(self.packed[fmt].nbytes))[0])
+        return lambda x: ops.packed_linear(x, next(turn), activations=activations)
+
     def copies(self, nbytes: int) -> int:
         return max(self.apart // nbytes, 2)
 
@@ -229,24 +234,17 @@ def many_rows(bench: Bench) -> dict[str, float | None]:
 
 
 def rounded_rows(bench: Bench) -> dict[str, float | None]:
-    """``--activations int8`` against the default, both by ``ops`` (the operator does not take it), bfloat16 input."""
+    """``--activations int8`` against the default, bfloat16 input."""
     figures: dict[str, float | None] = {}
     for fmt, short in (("nf4:64", "nf4"), ("lm2:64", "lm2"), ("lm3:64", "lm3")):
-        packed = bench.packed[fmt]
-        turn = cycle(arranged_copies(packed, bench.copies(packed.nbytes))[0])
+        default = bench.by_ops(fmt)
         for rows in (1, 4, 32):
             key = f"{short}_int8_m{rows}_vs_default"
             if not cpu_linear.takes_int8():
                 figures[key] = None
                 continue
-            x = bench.input(rows, torch.bfloat16)
-            pair = bench.pair(
-                f"{fmt} {rows} rows int8 : default",
-                lambda x, turn=turn: ops.packed_linear(x, next(turn), activations="int8"),
-                lambda x, turn=turn: ops.packed_linear(x, next(turn)),
-                x,
-            )
-            figures[key] = round(pair.ratio, 3)
+            x, name = bench.input(rows, torch.bfloat16), f"{fmt} {rows} rows int8 : default"
+            figures[key] = round(bench.pair(name, bench.by_ops(fmt, "int8"), default, x).ratio, 3)
     return figures
 
 

@@ -83,7 +83,7 @@ int64_t prepared_bytes(const Part& part) {
 int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table) {
   if (part.neighbours && part.input != Input::QUADS) {
     const bool ready = scales_arranged(*part.matrix) && !part.offsets;  // other scales are turned first
-    const int64_t most = rows <= FEW && ready ? BESIDE : rows <= 64 ? 4 : 1, fair = (part.blocks + threads - 1) / threads;
+    const int64_t most = rows <= FEW && ready ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
     return fair < most ? fair : most;
   }
   return rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
@@ -331,6 +331,8 @@ int check_call(const bl_input& x, const bl_product* products, int64_t count) {
     if (p.weight->columns != x.columns)
       return fail("the input has %lld columns, the weight needs %lld.", (long long)x.columns, (long long)p.weight->columns);
     if (!multiplies(*p.weight)) return fail("codes of %d bits in groups of %lld are not multiplied here.", p.weight->bits, (long long)p.weight->group);
+    if ((p.weight->flags & BL_ARRANGED) && !can_arrange(*p.weight))
+      return fail("codes of %d bits in rows of %lld are said to be arranged; they have no other order.", p.weight->bits, (long long)p.weight->width);
     if (!known(p.dtype) || (x.rows > 1 && p.stride < p.weight->rows) || (p.out == nullptr && x.rows * p.weight->rows > 0))
       return fail("packed_linear has no output of %lld x %lld values.", (long long)x.rows, (long long)p.weight->rows);
   }

@@ -50,26 +50,6 @@ struct Cost {
   int64_t products = 0;    // per row
 };
 
-// Begins to fetch what an adapter's blocks are described by: their structs and codes lie where they were loaded, each a miss.
-void fetch(const bl_blocks& blocks) {
-  for (int64_t b = 0; b < blocks.count; ++b)
-    for (const bl_factor* factor : {&blocks.block[b].a, &blocks.block[b].bt}) {
-      const char* matrix = reinterpret_cast<const char*>(factor->packed);
-      for (size_t byte = 0; matrix != nullptr && byte < sizeof(bl_matrix); byte += 64) __builtin_prefetch(matrix + byte);
-    }
-}
-
-void fetch_numbers(const bl_blocks& blocks) {
-  constexpr int64_t LINES = 4;  // from there on the processor sees a stream
-  for (int64_t b = 0; b < blocks.count; ++b)
-    for (const bl_factor* factor : {&blocks.block[b].a, &blocks.block[b].bt}) {
-      if (factor->packed == nullptr) continue;
-      __builtin_prefetch(factor->packed->exponent, 0, 2);
-      __builtin_prefetch(factor->packed->scales, 0, 2);
-      for (int64_t line = 0; line < LINES; ++line) __builtin_prefetch(factor->packed->codes + 64 * line, 0, 2);
-    }
-}
-
 int check_blocks(const bl_blocks& blocks, int64_t columns, int64_t out_columns, Cost& cost) {
   if (blocks.count < 0 || (blocks.count > 0 && blocks.block == nullptr))
     return fail("the blocks of an adapter are missing.");
@@ -226,13 +206,9 @@ int check_matrix(Call& call, const bl_lora& matrix, const Tiles& tiles, int64_t 
   Cost shared;
   if (check_blocks(matrix.shared, call.columns, matrix.columns, shared)) return -1;
   call.most.components = larger(call.most.components, shared.components);
-  constexpr int64_t AHEAD = 4;  // segments
   for (int64_t s = 0; s < call.segments->count; ++s) {
-    if (s + 2 * AHEAD < call.segments->count) __builtin_prefetch(matrix.own[s + 2 * AHEAD].block);
-    if (s + AHEAD < call.segments->count && matrix.own[s + AHEAD].count > 0 && matrix.own[s + AHEAD].block != nullptr) fetch(matrix.own[s + AHEAD]);
     Cost own;
     if (check_blocks(matrix.own[s], call.columns, matrix.columns, own)) return -1;
-    fetch_numbers(matrix.own[s]);
     call.most.components = larger(call.most.components, own.components);
     call.most.products += tiles.rows_of(s) * (shared.products + own.products);
   }
