@@ -67,6 +67,11 @@ class Bench:
         turn = cycle([operators.flat(copy) for copy in copies])
         return lambda x: multiply(x, next(turn), invariant=invariant)
 
+    def by_ops(self, fmt: str, activations: str | None = None) -> Call:
+        """``ops.packed_linear`` on one copy of the weight after the other: the operator takes no ``activations``."""
+        turn = cycle(arranged_copies(self.packed[fmt], self.copies(self.packed[fmt].nbytes))[0])
+        return lambda x: ops.packed_linear(x, next(turn), activations=activations)
+
     def copies(self, nbytes: int) -> int:
         return max(self.apart // nbytes, 2)
 
@@ -228,12 +233,27 @@ def many_rows(bench: Bench) -> dict[str, float | None]:
     }
 
 
+def rounded_rows(bench: Bench) -> dict[str, float | None]:
+    """``--activations int8`` against the default, bfloat16 input."""
+    figures: dict[str, float | None] = {}
+    for fmt, short in (("nf4:64", "nf4"), ("lm2:64", "lm2"), ("lm3:64", "lm3")):
+        default = bench.by_ops(fmt)
+        for rows in (1, 4, 32):
+            key = f"{short}_int8_m{rows}_vs_default"
+            if not cpu_linear.takes_int8():
+                figures[key] = None
+                continue
+            x, name = bench.input(rows, torch.bfloat16), f"{fmt} {rows} rows int8 : default"
+            figures[key] = round(bench.pair(name, bench.by_ops(fmt, "int8"), default, x).ratio, 3)
+    return figures
+
+
 def main() -> int:
     arguments = harness.parser(__doc__).parse_args()
     harness.begin(arguments)
     bench = Bench(arguments.mode)
     with torch.no_grad():
-        figures = few_rows(bench) | many_rows(bench)
+        figures = few_rows(bench) | many_rows(bench) | rounded_rows(bench)
     harness.table(("ours : theirs", "ours ms", "theirs ms", "ratio"), bench.rows)
     floors = [(fmt, rows, 1e3 * bench.floor(fmt, rows)) for fmt in FORMATS for rows in (1, 4, 32, 256)]
     harness.table(("format", "rows", "floor ms"), floors)

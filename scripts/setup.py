@@ -63,11 +63,11 @@ def setup() -> None:
     if not PYTHON.exists():
         make_venv()
     STAMP.unlink(missing_ok=True)
-    constraints = pinned(CONSTRAINTS.read_text(), installed_torch())
-    (VENV / "constraints.txt").write_text(constraints)
+    found = installed_torch()
+    constraints = constrain(found, plain=found is not None and "+cpu" in found and not has_gpu())
     pip("install", "--quiet", pin(constraints, "pip"))
-    if installed_torch() is None and not has_gpu():
-        warn_of_cuda(pin(constraints, "torch"))
+    if found is None and not has_gpu() and not warn_of_cuda(pin(constraints, "torch")):
+        constrain(found, plain=True)
     say("installing bitloft and the developers' tools (the first time takes a minute or more)")
     pip("install", "--quiet", "-e", f"{ROOT}[dev]")
     STAMP.write_text(wanted)
@@ -117,9 +117,17 @@ def installed_torch() -> str | None:
     return found if done.returncode == 0 and fits(found) else None
 
 
-def pinned(constraints: str, torch: str | None) -> str:
-    """The constraints with torch's line set to the version that is there, if one is."""
-    return re.sub(r"(?m)^torch==.*$", f"torch=={torch}", constraints) if torch else constraints
+def constrain(torch: str | None, *, plain: bool) -> str:
+    """Write .venv's constraints, with torch's line set to the version that is there, if one is.
+
+    Builds of torch for GPUs name a triton of their own, so its line stays for ``plain`` ones only.
+    """
+    constraints = CONSTRAINTS.read_text()
+    if not plain:
+        constraints = re.sub(r"(?m)^triton==.*\n", "", constraints)
+    constraints = re.sub(r"(?m)^torch==.*$", f"torch=={torch}", constraints) if torch else constraints
+    (VENV / "constraints.txt").write_text(constraints)
+    return constraints
 
 
 def pin(constraints: str, package: str) -> str:
@@ -143,12 +151,12 @@ def has_gpu() -> bool:
     return sys.platform == "darwin" or bool(shutil.which("nvidia-smi")) or any(device.exists() for device in devices)
 
 
-def warn_of_cuda(torch: str) -> None:
-    """Say how to get the CPU build if pip would bring CUDA; for this pip reads packages' metadata, not the packages."""
+def warn_of_cuda(torch: str) -> bool:
+    """Whether pip would bring CUDA; then say how to get the CPU build. For this pip reads metadata only."""
     report = json.loads(pip("install", "--dry-run", "--quiet", "--report", "-", torch))
     cuda = cuda_packages(report)
     if not cuda:
-        return
+        return False
     release = torch.partition("==")[2]
     print(
         CPU_ADVICE.format(count=len(cuda), sample=", ".join(cuda[:3]), pip=".venv/bin/pip", torch=release), flush=True
@@ -156,6 +164,7 @@ def warn_of_cuda(torch: str) -> None:
     if sys.stdin.isatty():
         say(f"going on with CUDA in {PAUSE} s; Ctrl-C stops")
         time.sleep(PAUSE)
+    return True
 
 
 def cuda_packages(report: dict[str, Any]) -> list[str]:

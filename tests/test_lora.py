@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitloft.errors import KernelError
-from bitloft.kernels import cpu, lora
+from bitloft.kernels import cpu, gpu, lora
 from bitloft.kernels.lora import Block, Factor, Segment, Start, multi_lora, multi_lora_plain
 from bitloft.kernels.plain import encode
 
@@ -206,6 +206,34 @@ def test_refusals() -> None:
         multi_lora(x, [Segment((0, 0), segments[0].blocks)], 32)
     with pytest.raises(KernelError, match=r"rows \[3\] of a batch of 3"):
         multi_lora(x, [Segment((3,), segments[0].blocks)], 32)
+
+
+def test_cuda_tensors_go_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors stand in for CUDA ones, and what would be launched is recorded; tests/test_gpu.py runs it."""
+    calls: list[tuple[int, bool]] = []
+
+    def record(x: Tensor, segments: list[Segment], features: int, start: Start | None) -> Tensor:
+        calls.append((len(segments), start is not None))
+        return torch.zeros(*x.shape[:-1], features, device=x.device)
+
+    monkeypatch.setattr(gpu, "takes", lambda tensor: tensor.device.type == "meta")
+    monkeypatch.setattr(gpu, "multi_lora", record)
+    a, bt = (encode(torch.randn(2, width), "lm2:64") for width in (64, 8))
+    there = [
+        Segment((1,), ((a.to("meta"), bt.to("meta")), (torch.zeros(3, 64).to("meta"), torch.zeros(3, 8).to("meta"))))
+    ]
+    start = Start(a.to("meta"), bt.to("meta"), 0.5)
+    x = torch.zeros(3, 64, device="meta")
+    assert multi_lora(x, there, 8, start).shape == (3, 8)
+    assert multi_lora(x.bfloat16(), there, 8).shape == (3, 8)
+    assert calls == [(1, True), (1, False)]
+    one_range = encode(torch.randn(2, 8), "uniform2:tensor").to("meta")
+    assert not gpu.takes_lora(x, [a.to("meta"), one_range])  # the kernel reads scales by group
+    assert not gpu.takes_lora(x.requires_grad_(), [a.to("meta"), bt.to("meta")])  # it knows no gradient
+    assert not gpu.takes_lora(torch.zeros(1, 300, 64, device="meta"), [a.to("meta"), bt.to("meta")])  # a prompt
+    assert not gpu.takes_lora(x.detach(), [a, bt])
+    multi_lora(torch.randn(3, 64), [Segment((1,), ((a, bt),))], 8)  # the CPU's own are not sent there
+    assert len(calls) == 2
 
 
 def test_a_registered_operator() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from bitloft.adapters import Adapter, LoraPair, PackedAdapter, PackedBlock, PackedModule
 from bitloft.errors import AdapterError
 from bitloft.formats import Format
-from bitloft.kernels.lora import Segment, multi_lora_plain
+from bitloft.kernels.lora import Segment, Start, multi_lora_plain
 from bitloft.kernels.ops import decode, encode
 from bitloft.modules.linear import QuantLinear, replace_module
 from bitloft.modules.multi import BASE, AdapterBank, install
@@ -208,6 +208,8 @@ def test_a_packed_layer_is_handed_the_sum_in_float32(model: Any, bank: AdapterBa
     assert layer.deltas(x) is None
     with bank.rows([BASE, "all"]):
         assert_close(layer.deltas(x), expected)
+        start = Start(encode(torch.randn(3, 64), "lm4:64"), encode(torch.randn(3, layer.out_features), "lm4:64"), 0.5)
+        assert_close(layer.deltas(x, start), multi_lora_plain(x, segments, layer.out_features, start))
         found = layer(x)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found[0], layer(x)[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import bench_smoke, setup
 
-PINS = "numpy==2.4.6\npip==26.3\ntorch==2.13.0\n"
+PINS = "numpy==2.4.6\npip==26.3\ntorch==2.13.0\ntriton==3.9.0\n"
 
 
 class Machine:
@@ -106,6 +106,24 @@ def test_a_torch_that_is_there_is_kept(machine: Machine) -> None:
     setup.main()
     assert "torch==2.14.1+cpu\n" in (setup.VENV / "constraints.txt").read_text()
     assert not [command for command in machine.commands if "--dry-run" in command]
+
+
+@pytest.mark.parametrize(
+    ("torch", "gpu", "brings", "pinned"),
+    [
+        (None, False, [], True),
+        (None, False, ["nvidia-cublas"], False),
+        (None, True, [], False),
+        ("2.13.0+cpu", False, [], True),
+        ("2.13.0+cu130", False, [], False),
+    ],
+)
+def test_triton_is_pinned_beside_a_cpu_build_only(
+    machine: Machine, torch: str | None, gpu: bool, brings: list[str], pinned: bool
+) -> None:
+    machine.torch, machine.gpu, machine.brings = torch, gpu, brings
+    setup.main()
+    assert ("triton==3.9.0\n" in (setup.VENV / "constraints.txt").read_text()) is pinned
 
 
 @pytest.mark.parametrize(

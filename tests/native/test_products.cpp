@@ -63,25 +63,28 @@ void lora(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
   const int64_t begin[] = {0, 2, 3};
   const int32_t listed[] = {2, 0, 1};
   const bl_segments segments{2, 1, begin, listed};
-  std::vector<float> y(static_cast<size_t>(3 * out), 1.0f);
-  const bl_lora job{out, {0, nullptr}, own, y.data(), out, BL_F32, 1};
-  CHECK(bl_multi_lora(x.data(), BL_F32, 3, in, in, &segments, &job, 1, 2) == 0, "%s", kind.name);
+  std::vector<float> y(static_cast<size_t>(3 * out), 1.0f), z = y;
+  // the second takes its block for all rows, too, as the start of a base
+  const bl_lora jobs[] = {{out, {0, nullptr}, own, y.data(), out, BL_F32, 1}, {out, {1, &block}, own, z.data(), out, BL_F32, 0}};
+  CHECK(bl_multi_lora(x.data(), BL_F32, 3, in, in, &segments, jobs, 2, 2) == 0, "%s", kind.name);
   for (int64_t r = 0; r < 3; ++r)
     for (int64_t o = 0; o < out; ++o) {
-      double sum = 1;
-      for (int64_t k = 0; k < rank && r != 1; ++k)
+      double sum = 0;
+      for (int64_t k = 0; k < rank; ++k)
         for (int64_t i = 0; i < in; ++i)
           sum += 0.5 * static_cast<double>(x[static_cast<size_t>(r * in + i)]) * static_cast<double>(va[static_cast<size_t>(k * in + i)]) *
                  static_cast<double>(vb[static_cast<size_t>(k * out + o)]);
-      const double found = static_cast<double>(y[static_cast<size_t>(r * out + o)]);
-      CHECK(std::fabs(found - sum) <= 1e-4 * static_cast<double>(in), "%s: row %lld, %g, not %g", kind.name, (long long)r, found, sum);
+      const double first = static_cast<double>(y[static_cast<size_t>(r * out + o)]), second = static_cast<double>(z[static_cast<size_t>(r * out + o)]);
+      const double wanted[] = {1 + (r != 1 ? sum : 0), sum + (r != 1 ? sum : 0)}, slack = 2e-4 * static_cast<double>(in);
+      CHECK(std::fabs(first - wanted[0]) <= slack, "%s: row %lld, %g, not %g", kind.name, (long long)r, first, wanted[0]);
+      CHECK(std::fabs(second - wanted[1]) <= slack, "%s: row %lld and a start, %g, not %g", kind.name, (long long)r, second, wanted[1]);
     }
 }
 
 }  // namespace
 
 void test_products() {
-  const int64_t sizes[][3] = {{1, 64, 64}, {1, 130, 576}, {4, 65, 127}, {7, 3, 1}, {33, 70, 200}, {2, 0, 8}, {0, 5, 8}};
+  const int64_t sizes[][3] = {{1, 64, 64}, {1, 130, 576}, {4, 65, 127}, {7, 3, 1}, {33, 70, 200}, {2, 0, 8}, {0, 5, 8}, {1, 2200, 96}, {3, 150, 320}};
   for (const Kind& kind : kinds()) {
     for (const auto& [rows, out, in] : sizes) linear(kind, rows, out, in);
     for (const auto& [rank, out, in] : sizes)

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, Format
-from bitloft.kernels import trellis
+from bitloft.kernels import cpu, trellis
 from bitloft.kernels.plain import levels_of
 from bitloft.packed import PackedTensor
 
 Factor = PackedTensor | Tensor  # components as rows, [k, width]
 
 TRELLIS = 64  # added to the bits of trellis codes; gpu_kernels knows it
+LORA_ROWS = 256  # rows up to which multi_lora has a program for each; a prompt is decoded and multiplied by torch
 FEW = 4  # rows up to which one program sums a whole output; beyond, tiles go through the matrix units
 BLOCK = {"BR": 16, "BC": 128}
 TILE = {"BN": 32, "BO": 64, "BI": 32}
@@ -52,6 +53,21 @@ def explain() -> str:
 def takes(tensor: Tensor) -> bool:
     """Whether the Triton kernels run on this tensor: it lies on a CUDA device and triton is there."""
     return tensor.device.type == "cuda" and reason() is None
+
+
+def takes_lora(x: Tensor, factors: Sequence[Factor]) -> bool:
+    """Whether ``multi_lora`` runs on these: few rows, no gradient asked for, all on a CUDA device, scales by group."""
+    return (
+        takes(x)
+        and x.dtype in cpu.DTYPES
+        and x.numel() <= LORA_ROWS * max(x.shape[-1], 1)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and all(
+            factor.codes.device == x.device and factor.format.group != TENSOR
+            if isinstance(factor, PackedTensor) else factor.device == x.device
+            for factor in factors
+        )
+    )  # fmt: skip
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:

@@ -6,9 +6,10 @@ A [k, in] and Bt [k, out] are packed, each block in a format of its own, or plai
 base, which all rows take. The sum is float32 whatever ``x`` is: added to the base's product before that is rounded, a
 young adapter survives; rounded first, it is lost in the last bit of bfloat16 (docs/decisions.md).
 
-``multi_lora_plain`` is the definition. ``multi_lora`` runs native code where there is some; under ``torch.compile`` it
-is the operator ``bitloft::multi_lora``, which takes the stored parts of all blocks as one list of tensors. A list of
-some hundred tensors costs more than the products themselves, so eager calls go past the operator.
+``multi_lora_plain`` is the definition. ``multi_lora`` runs native code, or Triton's for a few rows on CUDA, where there
+is some; under ``torch.compile`` it is the operator ``bitloft::multi_lora``, which takes the stored parts of all blocks
+as one list of tensors. A list of some hundred tensors costs more than the products themselves, so eager calls go past
+the operator.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format, layout
-from bitloft.kernels import cpu_lora
+from bitloft.kernels import cpu_lora, gpu
 from bitloft.kernels.plain import decode
 from bitloft.packed import PackedTensor
 
@@ -81,7 +82,10 @@ def values(factor: Factor, dtype: torch.dtype = torch.float32) -> Float[Tensor, 
 
 
 def _run(x: Tensor, segments: Sequence[Segment], features: int, start: Start | None) -> Tensor:
-    if not cpu_lora.takes(x, [*(f for s in segments for block in s.blocks for f in block), *(start or ())[:2]]):
+    factors = [*(f for s in segments for block in s.blocks for f in block), *([] if start is None else start[:2])]
+    if gpu.takes_lora(x, factors):
+        return gpu.multi_lora(x, segments, features, start)
+    if not cpu_lora.takes(x, factors):
         return multi_lora_plain(x, segments, features, start)
     rows = cpu_lora.Rows(x.shape[0], [segment.rows for segment in segments])
     shared = None if start is None else cpu_lora.Blocks([(start.a, start.bt)], start.scaling)

@@ -60,12 +60,26 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def few_rows(x: Tensor) -> bool:
+    """Whether ``x`` [*batch, columns] has so few rows that a start is multiplied from its codes."""
+    return x.numel() <= FEW * max(x.shape[-1], 1)
+
+
+def start_blocks(start: Start) -> cpu_lora.Blocks:
+    """The start as the native side sees it, kept with its A."""
+    kept: cpu_lora.Blocks | None = start.a.__dict__.get("_blocks")
+    if kept is None:
+        kept = cpu_lora.Blocks([(start.a, start.bt)], start.scaling)
+        object.__setattr__(start.a, "_blocks", kept)
+    return kept
+
+
 def _start_product(x: Tensor, start: Start, features: int, addend: Tensor | None) -> Tensor:
     """s0 (x A0^T) B0^T + addend in float32."""
     count = x.numel() // max(x.shape[-1], 1)
-    if count <= FEW and cpu_lora.at_once(x, addend) and cpu_lora.takes(x, start[:2]):
+    if few_rows(x) and cpu_lora.at_once(x, addend) and cpu_lora.takes(x, start[:2]):
         out = x.new_empty(*x.shape[:-1], features, dtype=torch.float32) if addend is None else addend
-        job = cpu_lora.Job(features, _EVERY_ROW, [], _blocks(start)).to(out, add=addend is not None)
+        job = cpu_lora.Job(features, _EVERY_ROW, [], start_blocks(start)).to(out, add=addend is not None)
         cpu_lora.run(x.reshape(1, count, x.shape[-1]), _EVERY_ROW, [job])
         return out
     y: Tensor
@@ -79,15 +93,6 @@ def _start_product(x: Tensor, start: Start, features: int, addend: Tensor | None
 
 
 _EVERY_ROW = cpu_lora.Rows(1, [])
-
-
-def _blocks(start: Start) -> cpu_lora.Blocks:
-    """The start as the native side sees it, kept with its A."""
-    kept: cpu_lora.Blocks | None = start.a.__dict__.get("_blocks")
-    if kept is None:
-        kept = cpu_lora.Blocks([(start.a, start.bt)], start.scaling)
-        object.__setattr__(start.a, "_blocks", kept)
-    return kept
 
 
 class _Product(torch.autograd.Function):

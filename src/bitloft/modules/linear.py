@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bitloft.formats import Format
 from bitloft.kernels import ops
 from bitloft.kernels.lora import Start
-from bitloft.kernels.product import packed_product
+from bitloft.kernels.product import few_rows, packed_product
 from bitloft.modules.arrangement import Arrangement
 from bitloft.modules.parts import allocate, held, load_tensors, solution_tensors
 from bitloft.packed import PackedTensor
@@ -53,8 +53,9 @@ class QuantLinear(Arrangement, nn.Linear):
         self.batch_invariant = False  # one kernel and one order of sums at any number of rows
         self.activations: str | None = None  # what the input is rounded to for the product: bf16, int8, or nothing
         self._kept_start: tuple[Tensor | None, Tensor | None, Start] | None = None
-        # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for nothing
-        self.deltas: Callable[[Tensor], Tensor | None] | None = None
+        # what an AdapterBank adds in float32 before the output is rounded: input -> [*batch, rows], or None for
+        # nothing; where it adds something, a start that it is given is in it
+        self.deltas: Callable[[Tensor, Start | None], Tensor | None] | None = None
         allocate(self, "weight", (out_features, in_features), format, device, parameter=True)
         if self.start_format is not None:
             allocate(self, "a0", (rank, in_features), self.start_format, device)
@@ -90,12 +91,17 @@ class QuantLinear(Arrangement, nn.Linear):
         return weight
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
+        start, addend = self._start() if self.start_enabled else None, None
+        if self.deltas is not None:
+            shared = None if self.rotated or not few_rows(input) else start  # one pass over the rows instead of two
+            addend = self.deltas(input, shared)
+            start = start if addend is None or shared is None else None
         return packed_product(
             self.turned(input),
             self._held() if torch.compiler.is_compiling() else self.operand(),
-            self._start() if self.start_enabled else None,
+            start,
             bias=self.bias,
-            addend=None if self.deltas is None else self.deltas(input),
+            addend=addend,
             invariant=self.batch_invariant,
             activations=self.activations,
         )

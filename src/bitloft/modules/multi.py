@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from bitloft.adapters import Adapter, PackedAdapter
 from bitloft.errors import AdapterError
 from bitloft.kernels import cpu_lora
-from bitloft.kernels.lora import Segment, multi_lora
+from bitloft.kernels.lora import Segment, Start, multi_lora
+from bitloft.kernels.product import start_blocks
 from bitloft.modules.described import Described
 from bitloft.modules.held import Held, Views
 from bitloft.modules.linear import QuantLinear
@@ -47,15 +48,17 @@ class _Batch:
         self.segments = segments
         self.rows = cpu_lora.Rows(size, [rows for _, rows in segments])
         self.touched = frozenset(module for views, _ in segments for module in views.blocks)
-        self._jobs: dict[str, cpu_lora.Job] = {}
+        self._jobs: dict[tuple[str, bool], tuple[Start | None, cpu_lora.Job]] = {}
 
-    def job(self, module: str, features: int) -> cpu_lora.Job:
-        """The native side of one module, described once for the plan."""
-        found = self._jobs.get(module)
-        if found is None:
+    def job(self, module: str, features: int, start: Start | None = None) -> cpu_lora.Job:
+        """The native side of one module, described once for the plan; a ``start`` is what all rows take."""
+        found = self._jobs.get((module, start is None))
+        if found is None or found[0] is not start:
             own = [views.native(module) for views, _ in self.segments]
-            found = self._jobs[module] = cpu_lora.Job(features, self.rows, own)
-        return found
+            shared = None if start is None else start_blocks(start)
+            found = start, cpu_lora.Job(features, self.rows, own, shared)
+            self._jobs[module, start is None] = found
+        return found[1]
 
     def on(self, module: str, device: torch.device) -> list[Segment]:
         """The same for ``kernels.lora``."""
@@ -239,15 +242,16 @@ class _Hook:
         else:
             self.remove = linear.register_forward_hook(self, with_kwargs=True).remove
 
-    def deltas(self, x: Tensor) -> Tensor | None:
-        """The sum for each row of ``x``, float32; None where no adapter of the batch touches the module."""
+    def deltas(self, x: Tensor, start: Start | None = None) -> Tensor | None:
+        """The sum for each row of ``x``, float32, with a ``start``; None where no adapter of the batch touches the
+        module, whether there is a start or not."""
         batch = self._batch(x)
         if batch is None or self.module not in batch.touched:
             return None
         if not cpu_lora.at_once(x):
-            return multi_lora(x, batch.on(self.module, x.device), self.features)
+            return multi_lora(x, batch.on(self.module, x.device), self.features, start)
         out = torch.empty(*x.shape[:-1], self.features)
-        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features).to(out, add=False)])
+        cpu_lora.run(x, batch.rows, [batch.job(self.module, self.features, start).to(out, add=False)])
         return out
 
     def __call__(

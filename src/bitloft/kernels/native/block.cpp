@@ -7,7 +7,7 @@
 
 #include "kernels.hpp"
 #include "lanes_codes.hpp"
-#include "product.hpp"
+#include "three.hpp"
 
 namespace bl::BL_ISA {
 namespace {
@@ -40,31 +40,41 @@ struct Turner {
   }
 };
 
+// Codes of four columns from their places in the two planes: at bits 0, 3, 8 and 11.
+uint32_t join_four(uint32_t twos, uint32_t ones) {
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= ((twos >> 2 * i & 3) | (ones >> i & 1) << 2) << (i % 2 * 3 + i / 2 * 8);
+  return found;
+}
+
+void split_four(uint32_t codes, int at, uint32_t* twos, uint32_t* ones) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t code = codes >> (i % 2 * 3 + i / 2 * 8);
+    *twos |= (code & 3) << 2 * (at + i);
+    *ones |= (code >> 2 & 1) << (at + i);
+  }
+}
+
 // Three words of 3-bit codes from the two planes of 32 columns: see product.hpp.
 void join_planes(const uint32_t* first, const uint32_t* second, const uint32_t* plane, uint32_t* to) {
   for (int lane = 0; lane < 16; ++lane) {
-    const uint32_t a = first[lane], b = second[lane], h = plane[lane];
-    uint32_t words[3] = {0, 0, 0};
-    for (int i = 0; i < 15; ++i) {
-      const uint32_t pair = (a >> 2 * i & 3) | (b >> 2 * i & 3) << 16 | (h >> i & 0x00010001u) << 2;
-      words[i / 5] |= pair << 3 * (i % 5);
-    }
-    const uint32_t last = a >> 30 | b >> 30 << 16 | (h >> 15 & 0x00010001u) << 2;
-    for (int w = 0; w < 3; ++w) to[w * BLOCK + lane] = words[w] | (last >> w & 0x00010001u) << 15;
+    uint32_t words[4];
+    for (int w = 0; w < 4; ++w)
+      words[w] = join_four(first[lane] >> 8 * w, plane[lane] >> 4 * w) | join_four(second[lane] >> 8 * w, plane[lane] >> (16 + 4 * w)) << 16;
+    for (int w = 0; w < 3; ++w) to[w * BLOCK + lane] = words[w] | (words[3] >> 2 * w & 0x03030303) << 6;
   }
 }
 
 void split_planes(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t* first, uint32_t* second, uint32_t* plane) {
-  const uint32_t words[3] = {w0, w1, w2};
-  *first = *second = *plane = 0;
-  for (int i = 0; i < 16; ++i) {
-    uint32_t pair = 0;
-    if (i < 15) pair = words[i / 5] >> 3 * (i % 5);
-    else for (int w = 0; w < 3; ++w) pair |= (words[w] >> 15 & 0x00010001u) << w;
-    *first |= (pair & 3) << 2 * i;
-    *second |= (pair >> 16 & 3) << 2 * i;
-    *plane |= (pair >> 2 & 0x00010001u) << i;
+  const uint32_t last = (w0 >> 6 & 0x03030303) | (w1 >> 6 & 0x03030303) << 2 | (w2 >> 6 & 0x03030303) << 4;
+  const uint32_t words[4] = {w0, w1, w2, last};
+  uint32_t low = 0, high = 0;
+  *first = *second = 0;
+  for (int w = 0; w < 4; ++w) {
+    split_four(words[w], 4 * w, first, &low);
+    split_four(words[w] >> 16, 4 * w, second, &high);
   }
+  *plane = low | high << 16;
 }
 
 int64_t units_of(const bl_matrix& m) {
@@ -86,6 +96,9 @@ void gather_three(const Block& b, uint32_t* words) {
       for (int64_t u = 0; u < 16 && unit + u < units; ++u)
         join_planes(&twos[0][0] + 32 * u, &twos[0][0] + 32 * u + 16, ones + 16 * u, words + (unit + u) * 3 * BLOCK + row);
     }
+#if defined(BL_HAS_avx512)
+  for (int64_t unit = 0; unit < units; ++unit) write_lines(words + unit * 3 * BLOCK);
+#endif
 }
 
 // Scales (or shifts) of some groups of one row, in units of 2**exponent.
@@ -106,9 +119,17 @@ void row_scales(const bl_matrix& m, int64_t row, int64_t group, int64_t count, f
     to[i] = half_value(m.low[(at + i) / 256]) + half_value(m.step[(at + i) / 256]) * static_cast<float>(codes[i]);
 }
 
+#if defined(BL_HAS_avx512)
+constexpr bool HAS_NEIGHBOURS = true;
+#else
+constexpr bool HAS_NEIGHBOURS = false;
+#endif
+
 void arranged_scales(const Block& b, int64_t row, int64_t group, int64_t count, float* to) {
-  const uint16_t* halves = static_cast<const uint16_t*>(b.matrix->scales) + b.row * b.matrix->groups;
-  for (int64_t i = 0; i < count; ++i) to[i] = half_value(halves[(group + i) * BLOCK + row]);
+  const bl_matrix& m = *b.matrix;
+  const Neighbours n = HAS_NEIGHBOURS && m.bits == 3 ? neighbours(m, b.row) : Neighbours{b.row, 1, 0};
+  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + n.first * m.groups;
+  for (int64_t i = 0; i < count; ++i) to[i] = half_value(halves[((group + i) * n.beside + n.place) * BLOCK + row]);
 }
 
 float zero_at(const bl_matrix& m, int64_t row, int64_t group) {
@@ -154,16 +175,20 @@ void gather(const Block& b, uint32_t* words) {
 void scatter(const Block& b, const uint32_t* words, uint8_t* codes) {
   const bl_matrix& m = *b.matrix;
   const int64_t units = units_of(m), stride = m.width * m.bits / 8;
-  for (int64_t row = 0; row < BLOCK; ++row) {
-    uint8_t* to = codes + row * stride;
-    for (int64_t u = 0; u < units; ++u) {
+  for (int64_t u = 0; u < units; ++u) {
+    const uint32_t* unit = words + u * unit_words(m.bits) * BLOCK;
+#if defined(BL_HAS_avx512)
+    alignas(64) uint32_t room[WORDS_OUT * BLOCK];
+    if (m.bits == 3) write_words(unit, room), unit = room;
+#endif
+    for (int64_t row = 0; row < BLOCK; ++row) {
+      uint8_t* to = codes + row * stride;
       if (m.bits != 3) {
-        std::memcpy(to + 4 * u, words + u * BLOCK + row, 4);
+        std::memcpy(to + 4 * u, unit + row, 4);
         continue;
       }
-      const uint32_t* w = words + u * 3 * BLOCK + row;
       uint32_t first, second, plane;
-      split_planes(w[0], w[BLOCK], w[2 * BLOCK], &first, &second, &plane);
+      split_planes(unit[row], unit[BLOCK + row], unit[2 * BLOCK + row], &first, &second, &plane);
       std::memcpy(to + 8 * u, &first, 4);
       std::memcpy(to + 8 * u + 4, &second, 4);
       std::memcpy(to + m.width / 4 + 4 * u, &plane, 4);
@@ -171,29 +196,49 @@ void scatter(const Block& b, const uint32_t* words, uint8_t* codes) {
   }
 }
 
-// One block to the other order or back; codes and scales (may be nullptr) are written in place.
+namespace {
+
+// Moves the words of one block to or from their pieces among its neighbours.
+void move_pieces(const bl_matrix& m, uint32_t* block, uint32_t* all, int64_t beside, int64_t place, bool out) {
+  const int64_t units = units_of(m), most = PIECE / unit_columns(m.bits), words = unit_words(m.bits) * BLOCK;
+  const int64_t group_units = m.groups > 1 ? m.group / unit_columns(m.bits) : units;
+  for (int64_t group = 0; group < units; group += group_units)
+    for (int64_t unit = group, some; unit < group + group_units; unit += some) {
+      some = group + group_units - unit < most ? group + group_units - unit : most;
+      uint32_t *here = block + unit * words, *there = all + (unit * beside + place * some) * words;
+      std::memcpy(out ? here : there, out ? there : here, static_cast<size_t>(some * words * 4));
+    }
+}
+
+void arrange_scales(uint16_t* scales, int64_t groups, int64_t beside, bool back, uint16_t* copy) {
+  std::memcpy(copy, scales, static_cast<size_t>(beside * BLOCK * groups * 2));
+  for (int64_t row = 0; row < beside * BLOCK; ++row)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t turned = (g * beside + row / BLOCK) * BLOCK + row % BLOCK;
+      if (back) scales[row * groups + g] = copy[turned];
+      else scales[turned] = copy[row * groups + g];
+    }
+}
+
+}  // namespace
+
+// Some blocks, all neighbours of each other, to the other order or back; codes and scales (may be nullptr) are written in place.
 void arrange(const Block& b, uint8_t* codes, uint16_t* scales, bool back) {
   const bl_matrix& m = *b.matrix;
-  const int64_t row_bytes = m.width * m.bits / 8, bytes = BLOCK * row_bytes, groups = m.groups;
+  const int64_t row_bytes = m.width * m.bits / 8, one = BLOCK * row_bytes, beside = b.rows / BLOCK, bytes = beside * one;
+  const int64_t scale_bytes = scales != nullptr ? b.rows * m.groups * 2 : 0;
   codes += b.row * row_bytes;
-  uint8_t* copy = static_cast<uint8_t*>(__builtin_malloc(static_cast<size_t>(bytes > groups * BLOCK * 2 ? bytes : groups * BLOCK * 2)));
-  if (back) {
-    std::memcpy(copy, codes, static_cast<size_t>(bytes));
-    scatter(b, reinterpret_cast<const uint32_t*>(copy), codes);
-  } else {
-    gather(b, reinterpret_cast<uint32_t*>(copy));
-    std::memcpy(codes, copy, static_cast<size_t>(bytes));
+  uint8_t* copy = static_cast<uint8_t*>(__builtin_malloc(static_cast<size_t>((bytes > scale_bytes ? bytes : scale_bytes) + one)));
+  uint32_t* words = reinterpret_cast<uint32_t*>(copy + one);
+  if (back) std::memcpy(words, codes, static_cast<size_t>(bytes));
+  for (int64_t i = 0; i < beside; ++i) {
+    const Block block{&m, b.row + i * BLOCK, BLOCK};
+    if (!back) gather(block, reinterpret_cast<uint32_t*>(copy));
+    move_pieces(m, reinterpret_cast<uint32_t*>(copy), words, beside, i, back);
+    if (back) scatter(block, reinterpret_cast<const uint32_t*>(copy), codes + i * one);
   }
-  if (scales != nullptr) {
-    scales += b.row * groups;
-    std::memcpy(copy, scales, static_cast<size_t>(groups * BLOCK * 2));
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(copy);
-    for (int64_t row = 0; row < BLOCK; ++row)
-      for (int64_t g = 0; g < groups; ++g) {
-        if (back) scales[row * groups + g] = from[g * BLOCK + row];
-        else scales[g * BLOCK + row] = from[row * groups + g];
-      }
-  }
+  if (!back) std::memcpy(codes, words, static_cast<size_t>(bytes));
+  if (scales != nullptr) arrange_scales(scales + b.row * m.groups, m.groups, beside, back, reinterpret_cast<uint16_t*>(copy));
   __builtin_free(copy);
 }
 

@@ -11,7 +11,7 @@ namespace bl {
 struct Block {
   const bl_matrix* matrix;
   int64_t row;   // the first
-  int64_t rows;  // 1 to 64; what is missing to 64 counts as rows of code 0 and scale 0
+  int64_t rows;  // 1 to 64; what is missing to 64 counts as rows of code 0 and scale 0 (whole blocks, to be arranged)
 };
 
 // Whether the rows of a matrix fill whole units, so that sixty-four of them can trade places in the same memory.

@@ -28,7 +28,7 @@ struct Kernels {
   const char* name;
   bool pairs;       // multiplies bfloat16 pairs
   bool two_blocks;  // of a matrix at once, with one row of input
-  bool bytes;       // multiplies planes of bytes: product_bytes.cpp
+  bool bytes;       // multiplies planes of bytes (product_bytes.cpp) and keeps 3-bit codes of neighbours beside each other (three.hpp)
   void (*gather)(const Block&, uint32_t* words);
   void (*arrange)(const Block&, uint8_t* codes, uint16_t* scales, bool back);
   void (*turn_scales)(const Block&, bool arranged, float* scales, float* offsets);

@@ -14,14 +14,17 @@
 #include "errors.hpp"
 #include "kernels.hpp"
 #include "matrix.hpp"
+#include "pages.hpp"
 #include "pool.hpp"
 #include "product.hpp"
+#include "three.hpp"
 
 namespace bl {
 namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
+constexpr int64_t FEW = 4;  // rows of the input that are looked up one by one where codes take 3 bits
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {
@@ -51,20 +54,42 @@ struct Part {
   const bl_matrix* matrix;
   Input input;
   int64_t units, groups, group_units, blocks;
-  bool arranged, offsets;
+  bool arranged, offsets, neighbours;
   float levels[16];
   int same;         // the first part whose prepared input serves this one too
   int64_t x_bytes;  // of one prepared row
   int64_t x, sums, steps;  // where in the prepared input its rows, their sums and their steps begin
   int planes;              // of Input::BYTES
   int64_t pieces;          // of a row: what has a step of its own
-  int64_t together;  // blocks at once: two hide the latency of sums at 4 bits; other widths lose by a second stream
-  int64_t turns;     // blocks, or pairs of them
+  int64_t together;  // blocks at once: two hide the latency of sums at 4 bits, neighbours of 3 bits share tables
+  int64_t turns;     // runs of blocks
 };
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// `tame`: the one row of the call fits planes of bytes.
+// Bytes of a prepared row of a part.
+int64_t prepared_bytes(const Part& part) {
+  const int64_t bits = part.matrix->bits, columns = part.units * unit_columns(part.matrix->bits);
+  switch (part.input) {
+    case Input::QUADS: return columns + part.pieces * 4 + 4;
+    case Input::BYTES: return bits == 3 ? columns * 4 : part.units * part.planes * 128;
+    case Input::SUMS: return part.units * 512;
+    case Input::PAIRS: return columns * 2;
+    default: return columns * 4;
+  }
+}
+
+// How many blocks a turn takes: of neighbours as many as leave every thread a turn, less where each needs much memory.
+int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table) {
+  if (part.neighbours && part.input != Input::QUADS) {
+    const bool ready = scales_arranged(*part.matrix) && !part.offsets;  // other scales are turned first
+    const int64_t most = rows <= FEW && ready ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
+    return fair < most ? fair : most;
+  }
+  return rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
+}
+
+// `tame`: the few rows of the call fit planes of bytes.
 Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table, bool tame) {
   const bl_matrix& m = *product.weight;
   Part part{};
@@ -76,17 +101,14 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.arranged = (m.flags & BL_ARRANGED) != 0;
   part.offsets = m.groups > 0 && (m.zeros != nullptr || m.shifts != nullptr);
   part.pieces = part.groups * up(part.group_units * unit_columns(m.bits), PIECE) / PIECE;
-  part.planes = dtype == BL_BF16 ? 2 : 3;
+  part.neighbours = part.arranged && table.bytes && m.bits == 3;
+  part.planes = (dtype == BL_BF16 ? 2 : 3) + (m.bits == 3 ? 1 : 0);
   if (flags & BL_INT8) part.input = Input::QUADS;
-  else if (tame && (m.bits <= 2 || dtype != BL_BF16)) part.input = Input::BYTES;
+  else if (tame && (m.bits == 3 || (rows == 1 && (m.bits < 3 || dtype != BL_BF16)))) part.input = Input::BYTES;
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
-  const int64_t columns = part.units * unit_columns(m.bits);
-  const int64_t tables = part.units * (m.bits == 3 ? 16 : 8) * 16 * (part.input == Input::SUMS ? 4 : part.planes);
-  const bool looked_up = part.input == Input::SUMS || part.input == Input::BYTES;
-  if (part.input == Input::QUADS) part.x_bytes = up(columns + part.pieces * 4 + 4, 64);
-  else part.x_bytes = up(looked_up ? tables : columns * (part.input == Input::PAIRS ? 2 : 4), 64);
+  part.x_bytes = up(prepared_bytes(part), 64) + (rows > 1 ? 64 : 0);  // rows a power of two apart would share few cache lines
   table.read_levels(m, part.levels);
   return part;
 }
@@ -100,14 +122,14 @@ bool same_input(const Part& a, const Part& b) {
 // A call on up to ROWS_AT_ONCE rows of the input.
 class Call {
  public:
-  Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count)
-      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count) {
+  Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count, int threads)
+      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count), threads_(threads) {
     for (int64_t i = 0; i < count; ++i) {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      part.together = rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
-      part.turns = (part.blocks + part.together - 1) / part.together;
+      part.together = run_of(part, rows, threads, table);
+      part.turns = turns_of(part);
       turns_ += part.turns;
       if (part.same != i) {
         part.x = parts[part.same].x, part.sums = parts[part.same].sums, part.steps = parts[part.same].steps;
@@ -119,11 +141,11 @@ class Call {
     }
   }
 
-  void go(int threads) {
+  void go() {
     if (turns_ == 0) return;
     int64_t work = 0;
     for (int64_t i = 0; i < count_; ++i) work += rows_ * parts_[i].matrix->rows * parts_[i].matrix->columns;
-    if (work < 2 * WORTH_A_THREAD) threads = 1;
+    const int threads = work < 2 * WORTH_A_THREAD ? 1 : threads_;
     char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
     Stage prepared;
     Ranges multiplied(turns_, threads);
@@ -140,12 +162,34 @@ class Call {
   }
 
  private:
+  // Runs that neighbours are cut into; the last ones of a matrix may be empty.
+  static int64_t runs(const Part& part) { return (BESIDE + part.together - 1) / part.together; }
+
+  static int64_t turns_of(const Part& part) {
+    if (!part.neighbours) return (part.blocks + part.together - 1) / part.together;
+    return (part.blocks + BESIDE - 1) / BESIDE * runs(part);
+  }
+
+  // The blocks of a turn: the first and how many.
+  static int64_t first_of(const Part& part, int64_t turn) {
+    return part.neighbours ? turn / runs(part) * BESIDE + turn % runs(part) * part.together : turn * part.together;
+  }
+
+  static int64_t count_of(const Part& part, int64_t turn) {
+    const int64_t first = first_of(part, turn), end = part.neighbours ? (turn / runs(part) + 1) * BESIDE : part.blocks;
+    const int64_t left = (end < part.blocks ? end : part.blocks) - first;
+    return left < part.together ? left : part.together;
+  }
+
   void fetch(int64_t turn) const {
     int64_t i = 0;
     while (i < count_ && turn >= parts_[i].turns) turn -= parts_[i++].turns;
     if (i == count_) return;
     const bl_matrix& m = *parts_[i].matrix;
-    const uint8_t* codes = m.codes + turn * parts_[i].together * BLOCK * (m.width * m.bits / 8);
+    const int64_t row = first_of(parts_[i], turn) * BLOCK;
+    const Neighbours n = parts_[i].neighbours ? neighbours(m, row) : Neighbours{row, 1, 0};
+    const int64_t units = parts_[i].group_units < PIECE / 32 ? parts_[i].group_units : PIECE / 32;  // of neighbours: of 3 bits
+    const char* codes = reinterpret_cast<const char*>(m.codes) + n.first * (m.width * m.bits / 8) + piece_at(0, units, n.beside, n.place) * 4;
     for (int64_t byte = 0; byte < AT_FIRST; byte += 64) __builtin_prefetch(codes + byte, 0, 2);
   }
 
@@ -176,24 +220,26 @@ class Call {
     int64_t i = 0;
     while (turn >= parts_[i].turns) turn -= parts_[i++].turns;
     const Part& part = parts_[i];
-    const int64_t first = turn * part.together, row = first * BLOCK;
-    const bool two = part.together == 2 && first + 1 < part.blocks;
-    const bool whole = row + (two ? 2 : 1) * BLOCK <= part.matrix->rows;
-    if (!two || whole || !part.arranged) return multiply(part, row, two ? 2 : 1, input);
-    multiply(part, row, 1, input);  // the second is the tail, in another order than the first
-    multiply(part, row + BLOCK, 1, input);
+    const int64_t row = first_of(part, turn) * BLOCK, count = count_of(part, turn);
+    if (count <= 0) return;
+    const bool whole = row + count * BLOCK <= part.matrix->rows;
+    if (count == 1 || whole || !part.arranged) return multiply(part, row, count, input);
+    multiply(part, row, count - 1, input);  // the last is the tail, in another order than the others
+    multiply(part, row + (count - 1) * BLOCK, 1, input);
   }
 
   void multiply(const Part& part, int64_t row, int64_t blocks, const char* input) const {
     const bl_matrix& m = *part.matrix;
-    const int64_t words = part.units * unit_words(m.bits) * BLOCK, scales = part.groups * BLOCK;
+    const int64_t rows = m.rows - row < blocks * BLOCK ? m.rows - row : blocks * BLOCK;
+    const bool in_order = part.arranged && rows == blocks * BLOCK;
+    const bool halves = in_order && scales_arranged(m) && std::abs(*m.exponent) < 100;
+    const Neighbours n = in_order && part.neighbours ? neighbours(m, row) : Neighbours{row, 1, 0};
+    const int64_t words = in_order ? 0 : part.units * unit_words(m.bits) * BLOCK;
+    const int64_t scales = halves && !part.offsets ? 0 : part.groups * BLOCK;
     const int64_t floats = blocks * (words + 2 * scales + rows_ * BLOCK) + PIECE * BLOCK + 16;
     float* at = static_cast<float*>(room.get(floats * 4));
     uint32_t* gathered = reinterpret_cast<uint32_t*>(at);
     float *turned = at + blocks * words, *offsets = turned + blocks * scales, *totals = offsets + blocks * scales;
-    const int64_t rows = m.rows - row < blocks * BLOCK ? m.rows - row : blocks * BLOCK;
-    const bool in_order = part.arranged && rows == blocks * BLOCK;
-    const bool halves = in_order && scales_arranged(m) && std::abs(*m.exponent) < 100;
     const int64_t scale_bytes = m.groups == 0 || (m.flags & BL_TENSOR) ? 0 : m.flags & BL_DQ ? 1 : 2;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t left = rows - b * BLOCK;
@@ -210,12 +256,14 @@ class Call {
         .blocks = blocks,
         .groups = part.groups,
         .group_units = part.group_units,
-        .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + row * (m.width * m.bits / 8)) : gathered,
+        .codes = in_order ? reinterpret_cast<const uint32_t*>(m.codes + n.first * (m.width * m.bits / 8)) : gathered,
+        .beside = n.beside,
+        .place = n.place,
         .planes = part.planes,
         .steps = reinterpret_cast<const float*>(input + part.steps),
         .levels = part.levels,
         .scales = halves ? nullptr : turned,
-        .halves = static_cast<const uint16_t*>(m.scales) + row * m.groups,
+        .halves = static_cast<const uint16_t*>(m.scales) + n.first * m.groups,
         .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
         .offsets = part.offsets ? offsets : nullptr,
         .x = input + part.x,
@@ -258,8 +306,18 @@ class Call {
   const int64_t row_, rows_;
   Part* parts_;
   const int64_t count_;
+  const int threads_;
   int64_t turns_ = 0, bytes_ = 0;
 };
+
+// Whether all rows fit planes of bytes; more than FEW of them are multiplied otherwise.
+bool tame(const Kernels& table, const bl_input& x) {
+  const int64_t size = x.dtype == BL_F32 ? 4 : 2;
+  bool all = x.rows == 1 || (x.rows <= FEW && x.dtype != BL_BF16);
+  for (int64_t row = 0; row < x.rows && all; ++row)
+    all = table.tame(static_cast<const char*>(x.values) + row * x.stride * size, x.columns, x.dtype);
+  return all;
+}
 
 bool known(int32_t dtype) { return dtype == BL_F32 || dtype == BL_BF16 || dtype == BL_F16; }
 
@@ -273,6 +331,8 @@ int check_call(const bl_input& x, const bl_product* products, int64_t count) {
     if (p.weight->columns != x.columns)
       return fail("the input has %lld columns, the weight needs %lld.", (long long)x.columns, (long long)p.weight->columns);
     if (!multiplies(*p.weight)) return fail("codes of %d bits in groups of %lld are not multiplied here.", p.weight->bits, (long long)p.weight->group);
+    if ((p.weight->flags & BL_ARRANGED) && !can_arrange(*p.weight))
+      return fail("codes of %d bits in rows of %lld are said to be arranged; they have no other order.", p.weight->bits, (long long)p.weight->width);
     if (!known(p.dtype) || (x.rows > 1 && p.stride < p.weight->rows) || (p.out == nullptr && x.rows * p.weight->rows > 0))
       return fail("packed_linear has no output of %lld x %lld values.", (long long)x.rows, (long long)p.weight->rows);
   }
@@ -295,13 +355,13 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
   if ((flags & BL_INT8) && !table->bytes) return bl::fail("products in 8 bits need AVX-512, this processor runs %s.", table->name);
   constexpr int64_t AT_ONCE = 8;  // matrices
   for (int64_t first = 0; first < count; first += AT_ONCE) {
-    const bool tame = x->rows == 1 && table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && table->tame(x->values, x->columns, x->dtype);
+    const bool tame = table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && bl::tame(*table, *x);
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
     for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, tame);
     for (int64_t row = 0; row < x->rows; row += bl::ROWS_AT_ONCE) {
       const int64_t left = x->rows - row, rows = left < bl::ROWS_AT_ONCE ? left : bl::ROWS_AT_ONCE;
-      bl::Call(*table, *x, row, rows, parts, some).go(threads);
+      bl::Call(*table, *x, row, rows, parts, some, threads).go();
     }
   }
   return 0;
@@ -321,13 +381,18 @@ int bl_arrange(bl_matrix* matrix, uint8_t* codes, void* scales, int back, int th
   const bl::Kernels* table = bl::kernels();
   if (table == nullptr || bl::check(matrix)) return -1;
   const bl_matrix& m = *matrix;
-  if (!bl::can_arrange(m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
+  if (!bl::can_arrange(m) || !bl::multiplies(m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
   if (scales != nullptr && m.scales_bytes != m.rows * m.groups * 2)
     return bl::fail("scales that are no fp16 number per group have no other order.");
+  const int64_t blocks = m.rows / bl::BLOCK, beside = table->bytes && m.bits == 3 ? bl::BESIDE : 1;
   bl::Stage stage;
   bl::run(threads, [&] {
-    stage.share(m.rows / bl::BLOCK, [&](int64_t block) { table->arrange({&m, block * bl::BLOCK, bl::BLOCK}, codes, static_cast<uint16_t*>(scales), back != 0); });
+    stage.share((blocks + beside - 1) / beside, [&](int64_t i) {
+      const int64_t first = i * beside, count = blocks - first < beside ? blocks - first : beside;
+      table->arrange({&m, first * bl::BLOCK, count * bl::BLOCK}, codes, static_cast<uint16_t*>(scales), back != 0);
+    });
   });
+  if (!back) bl::ask_for_huge_pages(codes, m.codes_bytes);
   return 0;
 }
 }

@@ -1,4 +1,6 @@
-// bl_multi_lora: checks the call, cuts its segments into tiles of a few rows, and shares them among threads.
+// bl_multi_lora: checks the call, cuts its segments into tiles of a few rows, and shares them among threads. What all rows
+// take (the start of a base) is computed first, in tiles that heed no segments: one look-up then serves four rows, where each
+// row of a batch of many adapters is a segment of its own.
 //
 // A tile is the unit of work and nothing is shared between two of them, so the result depends neither on the number of
 // threads nor on who else is in the batch.
@@ -152,21 +154,46 @@ struct Call {
     return static_cast<size_t>(wide_x() + wide_out() + most.components * (2 * LORA_ROWS + 1));
   }
 
+  // Whether what all rows take is added apart: sums in float32 can wait in the output.
+  static bool apart(const bl_lora& matrix) { return matrix.shared.count > 0 && matrix.out_dtype == BL_F32; }
+
+  int64_t listed() const { return segments->begin[segments->count] * segments->repeat; }
+
+  void shared_tile(const Kernels& table, int64_t number, const bl_lora& matrix, float* memory) const {
+    if (!apart(matrix)) return;
+    const int64_t first = number * LORA_ROWS, left = listed() - first;
+    int64_t rows[LORA_ROWS];
+    const int count = static_cast<int>(left < LORA_ROWS ? left : LORA_ROWS);
+    for (int i = 0; i < count; ++i)
+      rows[i] = segments->rows[(first + i) / segments->repeat] * segments->repeat + (first + i) % segments->repeat;
+    LoraTile piece = described(matrix, rows, count, memory);
+    piece.shared = &matrix.shared, piece.accumulate = matrix.accumulate != 0;
+    table.lora_tile(piece);
+  }
+
   void tile(const Kernels& table, const Tiles& tiles, int64_t number, const bl_lora& matrix, float* memory) const {
     const int64_t s = tiles.segment_of(number);
+    if (apart(matrix) && matrix.own[s].count == 0) return;
     int64_t rows[LORA_ROWS];
+    const int count = tiles.rows(number, s, rows);
+    LoraTile piece = described(matrix, rows, count, memory);
+    piece.shared = apart(matrix) ? nullptr : &matrix.shared, piece.own = &matrix.own[s];
+    piece.accumulate = matrix.accumulate != 0 || apart(matrix);
+    table.lora_tile(piece);
+  }
+
+ private:
+  LoraTile described(const bl_lora& matrix, const int64_t* rows, int count, float* memory) const {
     LoraTile piece{};
-    piece.rows = tiles.rows(number, s, rows);
+    piece.rows = count;
     for (int r = 0; r < piece.rows; ++r) {
       piece.x[r] = static_cast<const char*>(x) + rows[r] * stride * size_of(dtype);
       piece.out[r] = static_cast<char*>(matrix.out) + rows[r] * matrix.out_stride * size_of(matrix.out_dtype);
     }
     piece.x_dtype = dtype, piece.out_dtype = matrix.out_dtype;
     piece.columns = columns, piece.out_columns = matrix.columns;
-    piece.accumulate = matrix.accumulate != 0;
-    piece.shared = &matrix.shared, piece.own = &matrix.own[s];
     piece.wide_x = memory, piece.wide_out = memory + wide_x(), piece.products = memory + wide_x() + wide_out();
-    table.lora_tile(piece);
+    return piece;
   }
 };
 
@@ -207,12 +234,17 @@ extern "C" int bl_multi_lora(const void* x, int32_t dtype, int64_t rows, int64_t
   Call call{x, dtype, columns, stride, segments, matrices, count, {}, 0};
   for (int64_t m = 0; m < count; ++m)
     if (check_matrix(call, matrices[m], tiles, rows)) return -1;
-  const int64_t pieces = tiles.count() * count;
+  bool apart = false;
+  for (int64_t m = 0; m < count; ++m) apart = apart || Call::apart(matrices[m]);
+  const int64_t pieces = tiles.count() * count, first = apart ? (call.listed() + LORA_ROWS - 1) / LORA_ROWS * count : 0;
   std::atomic<bool> short_of_memory{false};
-  Stage stage;
+  Stage shared, stage;
   run(call.most.products < WORTH_A_THREAD || pieces < 2 ? 1 : threads, [&] {
     float* const memory = buffer(call.floats());
     if (memory == nullptr) short_of_memory = true;
+    shared.share(first, [&](int64_t i) {
+      if (memory != nullptr) call.shared_tile(*table, i / count, matrices[i % count], memory);
+    });
     stage.share(pieces, [&](int64_t i) {
       if (memory != nullptr) call.tile(*table, tiles, i / count, matrices[i % count], memory);
     });

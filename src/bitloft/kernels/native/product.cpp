@@ -7,6 +7,7 @@
 // Compiled once per instruction set.
 #include "kernels.hpp"
 #include "product.hpp"
+#include "three.hpp"
 #include "words.hpp"
 
 #if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
@@ -24,6 +25,8 @@ void prepare_planes(const Preparation& p);  // product_bytes.cpp
 void by_bytes(const Product& p);
 void prepare_eight_bits(const Preparation& p);
 void by_quads(const Product& p);
+void prepare_threes(const Preparation& p);  // product_sixes.cpp
+void by_sixes(const Product& p);
 
 namespace {
 
@@ -31,14 +34,28 @@ constexpr int VECTORS = BLOCK / 16;
 constexpr int MOST = 6;  // rows of the input whose sums fit the registers beside four vectors of values
 constexpr int AHEAD = 8192;  // bytes of codes fetched ahead: a hardware prefetcher alone leaves half the bandwidth
 
+#if defined(BL_HAS_avx512)
+template <int BITS>
+constexpr bool WRITTEN_OUT = BITS == 3;  // words are put in order first, the fourth with them
+#else
+template <int BITS>
+constexpr bool WRITTEN_OUT = false;
+#endif
+// Words of a unit as the kernels step through them, and room for those of a piece.
+template <int BITS>
+constexpr int64_t STRIDE = (WRITTEN_OUT<BITS> ? 4 : unit_words(BITS)) * BLOCK;
+template <int BITS>
+constexpr int64_t ROOM = WRITTEN_OUT<BITS> ? PIECE / unit_columns(BITS) * STRIDE<BITS> : 16;
+
 // Two codes of a unit for each of sixteen rows, at the bottom of both halves of a word; `i` is known when compiled.
 template <int BITS>
 BL_INLINE Words pair_at(const uint32_t* codes, int i) {
   if constexpr (BITS == 3) {
-    if (i < 15) return right(load_words(codes + i / 5 * BLOCK), 3 * (i % 5));
-    const Words first = right(load_words(codes), 15), second = right(load_words(codes + BLOCK), 14);
-    const Words third = right(load_words(codes + 2 * BLOCK), 13);
-    return select(all_words(0x00030003), select(all_words(0x00010001), first, second), third);
+    const int shift = i % 2 * 3 + i % 4 / 2 * 8;
+    if (i < 12 || WRITTEN_OUT<3>) return right(load_words(codes + i / 4 * BLOCK), shift);
+    const Words first = right(load_words(codes), 6), second = right(load_words(codes + BLOCK), 4);
+    const Words third = right(load_words(codes + 2 * BLOCK), 2);
+    return right(select(all_words(0x30303030), third, select(all_words(0x0c0c0c0c), second, first)), shift);
   }
   return right(load_words(codes), BITS * i);
 }
@@ -110,14 +127,37 @@ BL_INLINE void fetch_scales(const Product& p, int64_t group) {
   for (int64_t byte = 0; byte < p.next_bytes; byte += 64) __builtin_prefetch(p.next + group * p.next_bytes + byte);
 }
 
+// The words of a piece, [units][STRIDE]; `room` holds them where they lie in another order.
+template <int BITS>
+BL_INLINE const uint32_t* words_of(const Product& p, int64_t unit, [[maybe_unused]] int64_t units, [[maybe_unused]] int64_t block, [[maybe_unused]] uint32_t* room) {
+#if defined(BL_HAS_avx512)
+  if constexpr (WRITTEN_OUT<BITS>) {
+    constexpr int64_t WORDS = unit_words(BITS) * BLOCK;
+    const uint32_t* codes = p.codes + piece_at(unit, units, p.beside, p.place + block);
+    const char* next = reinterpret_cast<const char*>(codes + later(p, block) * units * WORDS);
+    for (int64_t u = 0; u < units; ++u) {
+UNROLL(12)
+      for (int64_t line = 0; line < WORDS * 4; line += 64) __builtin_prefetch(next + u * WORDS * 4 + line, 0, 2);
+      write_words(codes + u * WORDS, room + u * STRIDE<BITS>);
+    }
+    return room;
+  }
+#endif
+  return p.codes + unit * unit_words(BITS) * BLOCK;
+}
+
+// The scales of sixteen rows.
+BL_INLINE Lanes scale_of(const Product& p, int64_t group, int64_t block, int vector) {
+  const int64_t at = p.scale_at(group, block) + vector * 16;
+  if (p.scales != nullptr) return load(p.scales + at);
+  return multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
+}
+
 template <int ROWS>
 BL_INLINE void add_scaled(const Lanes* sums, const Product& p, int64_t group, float* totals, int64_t block = 0) {
 UNROLL(4)
   for (int v = 0; v < VECTORS; ++v) {
-    const int64_t at = (block * p.groups + group) * BLOCK + v * 16;
-    const Lanes scale = p.scales != nullptr
-                            ? load(p.scales + at)
-                            : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
+    const Lanes scale = scale_of(p, group, block, v);
 UNROLL(6)
     for (int r = 0; r < ROWS; ++r) {
       float* total = totals + r * BLOCK + v * 16;
@@ -132,30 +172,33 @@ void direct(const Product& p) {
   const Part part(p.levels);
   const int64_t stride = p.groups * p.group_units * unit_words(BITS) * BLOCK;
   each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
-    constexpr int ACROSS = BLOCKS * VECTORS;
-    Lanes sums[ROWS * ACROSS];
+    for (int64_t block = 0; block < (WRITTEN_OUT<BITS> ? p.blocks : 1); ++block) {
+      constexpr int ACROSS = BLOCKS * VECTORS;
+      Lanes sums[ROWS * ACROSS];
 UNROLL(16)
-    for (int i = 0; i < ROWS * ACROSS; ++i) sums[i] = none();
-    const uint32_t* codes = p.codes + unit * unit_words(BITS) * BLOCK;
-    const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
-    for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, x += Part::X) {
+      for (int i = 0; i < ROWS * ACROSS; ++i) sums[i] = none();
+      alignas(64) uint32_t room[ROOM<BITS>];
+      const uint32_t* codes = words_of<BITS>(p, unit, units, block, room);
+      const uint32_t* x = static_cast<const uint32_t*>(p.x) + unit * Part::X;
+      for (int64_t u = 0; u < units; ++u, codes += STRIDE<BITS>, x += Part::X) {
 UNROLL(2)
-      for (int b = 0; b < BLOCKS; ++b) fetch_ahead<BITS, ROWS == 1>(codes + b * stride);
+        for (int b = 0; b < BLOCKS && !WRITTEN_OUT<BITS>; ++b) fetch_ahead<BITS, ROWS == 1>(codes + b * stride);
 UNROLL(32)
-      for (int i = 0; i < Part::STEPS; ++i) {
-        Lanes values[ACROSS];
+        for (int i = 0; i < Part::STEPS; ++i) {
+          Lanes values[ACROSS];
 UNROLL(8)
-        for (int v = 0; v < ACROSS; ++v) values[v] = part.values(codes + v / VECTORS * stride + v % VECTORS * 16, i);
+          for (int v = 0; v < ACROSS; ++v) values[v] = part.values(codes + v / VECTORS * stride + v % VECTORS * 16, i);
 UNROLL(4)
-        for (int r = 0; r < ROWS; ++r) {
-          const uint32_t number = x[r * p.x_stride + i];
+          for (int r = 0; r < ROWS; ++r) {
+            const uint32_t number = x[r * p.x_stride + i];
 UNROLL(8)
-          for (int v = 0; v < ACROSS; ++v) sums[r * ACROSS + v] = step<INPUT>(sums[r * ACROSS + v], values[v], number);
+            for (int v = 0; v < ACROSS; ++v) sums[r * ACROSS + v] = step<INPUT>(sums[r * ACROSS + v], values[v], number);
+          }
         }
       }
-    }
 UNROLL(2)
-    for (int b = 0; b < BLOCKS; ++b) add_scaled<ROWS>(sums + b * VECTORS, p, group, p.totals + b * BLOCK, b);
+      for (int b = 0; b < BLOCKS; ++b) add_scaled<ROWS>(sums + b * VECTORS, p, group, p.totals + (block + b) * ROWS * BLOCK, block + b);
+    }
     fetch_scales(p, group);
   });
 }
@@ -182,9 +225,11 @@ UNROLL(4)
 
 // A piece written down for many rows: values of sixty-four rows for one step after the other.
 template <int BITS, Input INPUT>
-BL_INLINE void write_down(const Unit<BITS, INPUT>& part, const uint32_t* codes, int64_t units, float* tile) {
-  for (int64_t u = 0; u < units; ++u, codes += unit_words(BITS) * BLOCK, tile += part.STEPS * BLOCK) {
-    fetch_ahead<BITS>(codes);
+BL_INLINE void write_down(const Unit<BITS, INPUT>& part, const Product& p, int64_t unit, int64_t units, int64_t block, float* tile) {
+  alignas(64) uint32_t room[ROOM<BITS>];
+  const uint32_t* codes = words_of<BITS>(p, unit, units, block, room);
+  for (int64_t u = 0; u < units; ++u, codes += STRIDE<BITS>, tile += part.STEPS * BLOCK) {
+    if constexpr (!WRITTEN_OUT<BITS>) fetch_ahead<BITS>(codes);
 UNROLL(32)
     for (int i = 0; i < part.STEPS; ++i)
 UNROLL(4)
@@ -192,37 +237,69 @@ UNROLL(4)
   }
 }
 
+// Some pieces that were written down, one after the other: each has a scale of its own and `steps` steps.
+struct Written {
+  int64_t block, group, pieces, steps;
+  const float* tile;
+};
+
+// Half of the vectors at a time: then totals stay in registers beside the sums, from piece to piece.
 template <Input INPUT, int ROWS>
-void multiply_rows(const Product& p, int64_t group, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
-  const int64_t stride = p.x_stride;
-  Lanes sums[ROWS * VECTORS];
-UNROLL(24)
-  for (int i = 0; i < ROWS * VECTORS; ++i) sums[i] = none();
-  for (int64_t i = 0; i < steps; ++i, tile += BLOCK) {
-    Lanes values[VECTORS];
-UNROLL(4)
-    for (int v = 0; v < VECTORS; ++v) values[v] = load(tile + v * 16);
+void multiply_rows(const Product& p, const Written& w, const uint32_t* from, float* totals) {
+  constexpr int HALF = VECTORS / 2;
+  for (int first = 0; first < VECTORS; first += HALF) {
+    const float* tile = w.tile + first * 16;
+    const uint32_t* x = from;
+    Lanes total[ROWS * HALF];
+UNROLL(12)
+    for (int i = 0; i < ROWS * HALF; ++i) total[i] = load(totals + i / HALF * BLOCK + (first + i % HALF) * 16);
+    for (int64_t piece = 0; piece < w.pieces; ++piece) {
+      Lanes sums[ROWS * HALF];
+UNROLL(12)
+      for (int i = 0; i < ROWS * HALF; ++i) sums[i] = none();
+      for (int64_t i = 0; i < w.steps; ++i, tile += BLOCK, ++x) {
+        Lanes values[HALF];
+UNROLL(2)
+        for (int v = 0; v < HALF; ++v) values[v] = load(tile + v * 16);
 UNROLL(6)
-    for (int r = 0; r < ROWS; ++r)
-UNROLL(4)
-      for (int v = 0; v < VECTORS; ++v) sums[r * VECTORS + v] = step<INPUT>(sums[r * VECTORS + v], values[v], x[r * stride + i]);
+        for (int r = 0; r < ROWS; ++r)
+UNROLL(2)
+          for (int v = 0; v < HALF; ++v) sums[r * HALF + v] = step<INPUT>(sums[r * HALF + v], values[v], x[r * p.x_stride]);
+      }
+UNROLL(2)
+      for (int v = 0; v < HALF; ++v) {
+        const Lanes scale = scale_of(p, w.group + piece, w.block, first + v);
+UNROLL(6)
+        for (int r = 0; r < ROWS; ++r) total[r * HALF + v] = fma(sums[r * HALF + v], scale, total[r * HALF + v]);
+      }
+    }
+UNROLL(12)
+    for (int i = 0; i < ROWS * HALF; ++i) store(totals + i / HALF * BLOCK + (first + i % HALF) * 16, total[i]);
   }
-  add_scaled<ROWS>(sums, p, group, totals);
 }
 
 template <Input INPUT>
-void multiply_some(int64_t count, const Product& p, int64_t group, const float* tile, int64_t steps, const uint32_t* x, float* totals) {
+void multiply_some(int64_t count, const Product& p, const Written& w, const uint32_t* x, float* totals) {
 #if defined(BL_HAS_avx512) || defined(BL_HAS_avx2)
   switch (count) {
-    case 6: return multiply_rows<INPUT, 6>(p, group, tile, steps, x, totals);
-    case 5: return multiply_rows<INPUT, 5>(p, group, tile, steps, x, totals);
-    case 4: return multiply_rows<INPUT, 4>(p, group, tile, steps, x, totals);
-    case 3: return multiply_rows<INPUT, 3>(p, group, tile, steps, x, totals);
+    case 6: return multiply_rows<INPUT, 6>(p, w, x, totals);
+    case 5: return multiply_rows<INPUT, 5>(p, w, x, totals);
+    case 4: return multiply_rows<INPUT, 4>(p, w, x, totals);
+    case 3: return multiply_rows<INPUT, 3>(p, w, x, totals);
     default: break;
   }
 #endif
-  for (int64_t r = 0; r < count; ++r)
-    multiply_rows<INPUT, 1>(p, group, tile, steps, x + r * p.x_stride, totals + r * BLOCK);
+  for (int64_t r = 0; r < count; ++r) multiply_rows<INPUT, 1>(p, w, x + r * p.x_stride, totals + r * BLOCK);
+}
+
+// As many groups at once as a piece has room for.
+template <int BITS, class F>
+BL_INLINE void each_chunk(const Product& p, F&& f) {
+  constexpr int64_t most = PIECE / unit_columns(BITS);
+  if (p.group_units > most) return each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) { f(unit, units, group, 1); });
+  const int64_t together = p.group_units > 0 ? most / p.group_units : 1;  // no columns, nothing to add
+  for (int64_t group = 0; group < p.groups; group += together)
+    f(group * p.group_units, p.group_units, group, p.groups - group < together ? p.groups - group : together);
 }
 
 template <int BITS, Input INPUT>
@@ -231,13 +308,15 @@ void tiled(const Product& p) {
   const Part part(p.levels);
   float* tile = static_cast<float*>(p.tile);
   const int64_t turns = (p.rows + MOST - 1) / MOST;
-  each_piece<BITS>(p, [&](int64_t unit, int64_t units, int64_t group) {
-    write_down<BITS, INPUT>(part, p.codes + unit * unit_words(BITS) * BLOCK, units, tile);
-    for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
-      const uint32_t* x = static_cast<const uint32_t*>(p.x) + row * p.x_stride + unit * Part::X;
-      float* totals = p.totals + row * BLOCK;
-      multiply_some<INPUT>(count, p, group, tile, units * Part::X, x, totals);
+  each_chunk<BITS>(p, [&](int64_t unit, int64_t units, int64_t group, int64_t pieces) {
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      for (int64_t i = 0; i < pieces; ++i) write_down<BITS, INPUT>(part, p, unit + i * units, units, block, tile + i * units * Part::STEPS * BLOCK);
+      const Written written{block, group, pieces, units * Part::X, tile};
+      for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
+        const uint32_t* x = static_cast<const uint32_t*>(p.x) + row * p.x_stride + unit * Part::X;
+        multiply_some<INPUT>(count, p, written, x, p.totals + (block * p.rows + row) * BLOCK);
+      }
     }
   });
 }
@@ -270,14 +349,13 @@ void multiply_by(const Product& p) {
 }
 
 void add_offsets(const Product& p) {
-  for (int64_t row = 0; row < p.rows * p.blocks; ++row)  // with two blocks there is one row of input
+  for (int64_t i = 0; i < p.blocks * p.rows; ++i)
     for (int v = 0; v < VECTORS; ++v) {
-      const float* offsets = p.offsets + (p.blocks == 2 ? row * p.groups * BLOCK : 0) + v * 16;
-      const float* sums = p.sums + (p.blocks == 2 ? 0 : row * p.groups);
-      Lanes total = load(p.totals + row * BLOCK + v * 16);
+      const float *offsets = p.offsets + i / p.rows * p.groups * BLOCK + v * 16, *sums = p.sums + i % p.rows * p.groups;
+      Lanes total = load(p.totals + i * BLOCK + v * 16);
       for (int64_t group = 0; group < p.groups; ++group)
         total = fma(load(offsets + group * BLOCK), all(sums[group]), total);
-      store(p.totals + row * BLOCK + v * 16, total);
+      store(p.totals + i * BLOCK + v * 16, total);
     }
 }
 
@@ -369,7 +447,8 @@ void prepare(const Preparation& p) {
     for (int64_t i = begin; i < end && i < p.columns; ++i) sum += value_of(p.x, i, p.dtype);
     p.sums[group] = sum;
   }
-  if (p.input == Input::BYTES) prepare_planes(p);
+  if (p.input == Input::BYTES && p.bits == 3) prepare_threes(p);
+  else if (p.input == Input::BYTES) prepare_planes(p);
   else if (p.input == Input::QUADS) prepare_eight_bits(p);
   else if (p.input == Input::PAIRS) pair_row(p, static_cast<const uint16_t*>(p.x), p.columns);
   else if (p.input == Input::SINGLE) prepare_single(p);
@@ -396,7 +475,8 @@ void finish(const Finish& f) {
 
 void product(const Product& p) {
   if (p.input == Input::BYTES) {
-    by_bytes(p);
+    if (p.bits == 3) by_sixes(p);
+    else by_bytes(p);
   } else if (p.input == Input::QUADS) {
     by_quads(p);
   } else if (p.input == Input::SUMS) {

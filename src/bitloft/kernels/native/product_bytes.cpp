@@ -1,5 +1,4 @@
-// One row of input: four bits of codes choose one of sixteen sums of products (3 bits: one of eight products), as in by_sums
-// of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
+// One row of input: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
 //
 // A permute of bytes looks sixty-four of them up at once, four sums of each of sixteen rows, and a dot product with ones
 // adds the four. In float32 the same takes twice the instructions: each register holds sixteen sums, not sixty-four.
@@ -9,9 +8,9 @@
 // running sum in float32 does. Input that is not finite, huge or tiny is multiplied by the other kernels.
 #include <math.h>
 
+#include "input_row.hpp"
 #include "kernels.hpp"
-#include "lanes.hpp"
-#include "product.hpp"
+#include "three.hpp"
 
 namespace bl::BL_ISA {
 
@@ -19,11 +18,8 @@ namespace bl::BL_ISA {
 
 namespace {
 
-#define BL_INLINE inline __attribute__((always_inline))
-
 constexpr int VECTORS = BLOCK / 16;
 constexpr int64_t FAR = 8192;  // bytes of codes fetched ahead into the second-level cache: the first holds tables
-constexpr float SMALLEST = 0x1p-100f;  // of what a group is scaled by
 constexpr float TINY_ROW = 0x1p-60f, HUGE_ROW = 0x1p100f;
 
 // Bytes of a plane of four nibbles' sums, 64, from registers of sixteen whole numbers each.
@@ -50,87 +46,31 @@ struct Planes {
       _mm512_store_si512(to + 128, _mm512_shuffle_i64x2(c, d, 0x44));
     }
   }
-
-  // The same of two registers, 32 bytes in a plane: 3 bits, where a byte of a word has eight sums.
-  template <int PLANES>
-  BL_INLINE void store_eights(const __m512i* sums, uint8_t* to) const {
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(sums[0], low, sums[1]));
-    if constexpr (PLANES == 3)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 64), _mm512_castsi512_si256(_mm512_permutex2var_epi8(sums[0], high, sums[1])));
-  }
 };
-
-BL_INLINE __m512 numbers(const void* x, int64_t at, int32_t dtype) {
-  if (dtype == BL_F32) return _mm512_loadu_ps(static_cast<const float*>(x) + at);
-  const uint8_t* halves = static_cast<const uint8_t*>(x) + 2 * at;
-  return dtype == BL_BF16 ? load_brains(halves).v : load_halves(halves).v;
-}
-
-BL_INLINE __m512 some_numbers(const void* x, int64_t at, int64_t count, int32_t dtype) {
-  alignas(64) uint8_t copy[64] = {};
-  const int64_t size = dtype == BL_F32 ? 4 : 2;
-  std::memcpy(copy, static_cast<const char*>(x) + at * size, static_cast<size_t>(count * size));
-  return numbers(copy, 0, dtype);
-}
-
-// Columns of a piece in float32, zeros behind the last; returns the largest magnitude.
-float widen(const Preparation& p, int64_t begin, int64_t count, float* to) {
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 16) {
-    const int64_t left = p.columns - begin - i;
-    const __m512 x = left >= 16 ? numbers(p.x, begin + i, p.dtype)
-                     : left > 0 ? some_numbers(p.x, begin + i, left, p.dtype) : _mm512_setzero_ps();
-    _mm512_store_ps(to + i, x);
-    most = _mm512_max_ps(most, _mm512_abs_ps(x));
-  }
-  return _mm512_reduce_max_ps(most);
-}
 
 template <int N>
 struct Number {
   static constexpr int value = N;
 };
 
-// A unit is used in STEPS, each of which looks up one sum for each of the four bytes of a word, of COLUMNS columns each.
+// A unit is used in two steps, each of which looks up one sum for each of the four bytes of a word, of COLUMNS columns each.
+constexpr int STEPS = 2, SPAN = 64;  // bytes of a plane
 template <int BITS>
-constexpr int COLUMNS = BITS == 3 ? 1 : 4 / BITS;
-template <int BITS>
-constexpr int STEPS = BITS == 3 ? 8 : 2;
-template <int BITS>
-constexpr int SPAN = BITS == 3 ? 32 : 64;  // bytes of a plane
+constexpr int COLUMNS = 4 / BITS;
 
-// The first column, within a unit, that byte `b` of a step looks up. 1, 2 and 4 bits: the lower nibbles, then the upper.
-// 3 bits (product.hpp has the order): two steps for each word, then what they leave of the first two, then of the third.
+// The first column, within a unit, that byte `b` of a step looks up: the lower nibbles, then the upper.
 template <int BITS>
 constexpr int column_of(int step, int b) {
-  if (BITS != 3) return (2 * b + step) * COLUMNS<BITS>;
-  constexpr int LAST[2][4] = {{4, 9, 20, 25}, {14, 15, 30, 31}};
-  return step < 6 ? step / 2 * 5 + step % 2 * 2 + b % 2 + b / 2 * 16 : LAST[step - 6][b];
+  return (2 * b + step) * COLUMNS<BITS>;
 }
 
-// Bytes that choose from tables of sixteen (3 bits: eight): the code below, the number of the byte in its word above.
-template <int BITS>
+// Bytes that choose from tables of sixteen: the code below, the number of the byte in its word above.
 struct Index {
-  const __m512i codes = _mm512_set1_epi32(BITS == 3 ? 0x07070707 : 0x0f0f0f0f), places = _mm512_set1_epi32(BITS == 3 ? 0x18100800 : 0x30201000);
-  // where the four bytes of a word begin, for the word below and the one above in 64 bits
-  const __m512i first = _mm512_set1_epi64(0x3330232013100300), second = _mm512_set1_epi64(0x3936292619160906);
-
-  BL_INLINE __m512i put(__m512i words) const { return _mm512_ternarylogic_epi32(words, codes, places, 0xea); }
-  BL_INLINE static __m512i choose(int mask, __m512i a, __m512i b) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xca);
-  }
+  const __m512i codes = _mm512_set1_epi32(0x0f0f0f0f), places = _mm512_set1_epi32(0x30201000);
 
   BL_INLINE __m512i of(const uint32_t* at, int step) const {
-    if constexpr (BITS != 3) {
-      const __m512i words = _mm512_loadu_si512(at);
-      return put(step == 0 ? words : _mm512_srli_epi32(words, 4));
-    }
-    if (step < 6) return put(_mm512_multishift_epi64_epi8(step % 2 == 0 ? first : second, _mm512_loadu_si512(at + step / 2 * BLOCK)));
-    const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + BLOCK);
-    if (step == 6) return put(choose(0x00ff00ff, _mm512_srli_epi32(a, 12), _mm512_srli_epi32(b, 4)));
-    const __m512i c = _mm512_loadu_si512(at + 2 * BLOCK);
-    const __m512i two = choose(0x01000100, _mm512_srli_epi32(a, 7), _mm512_srli_epi32(b, 6));
-    return put(choose(0x00ff00ff, _mm512_srli_epi32(c, 12), choose(0x03000300, two, _mm512_srli_epi32(c, 5))));
+    const __m512i words = _mm512_loadu_si512(at);
+    return _mm512_ternarylogic_epi32(step == 0 ? words : _mm512_srli_epi32(words, 4), codes, places, 0xea);
   }
 };
 
@@ -157,19 +97,12 @@ void prepare_bytes(const Preparation& p) {
       __m512 table[COLUMNS];
       for (int i = 0; i < COLUMNS; ++i) table[i] = _mm512_mul_ps(_mm512_load_ps(level[i]), _mm512_set1_ps(scale));
       for (const float* unit = x; unit < x + count; unit += unit_columns(BITS))
-#pragma GCC unroll 8
-        for (int i = 0; i < STEPS<BITS>; ++i, to += SPAN<BITS> * PLANES) {
-          const auto product = [&](int b) { return _mm512_mul_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b)]), table[0]); };
+#pragma GCC unroll 2
+        for (int i = 0; i < STEPS; ++i, to += SPAN * PLANES) {
           __m512i sums[4];
-          if constexpr (BITS == 3) {
-            for (int b = 0; b < 2; ++b)
-              sums[b] = _mm512_cvtps_epi32(_mm512_mask_blend_ps(0xff00, product(2 * b), product(2 * b + 1)));
-            planes.store_eights<PLANES>(sums, to);
-            continue;
-          }
 #pragma GCC unroll 4
           for (int b = 0; b < 4; ++b) {
-            __m512 sum = product(b);
+            __m512 sum = _mm512_mul_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b)]), table[0]);
             for (int c = 1; c < COLUMNS; ++c)
               sum = _mm512_fmadd_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b) + c]), table[c], sum);
             sums[b] = _mm512_cvtps_epi32(sum);
@@ -182,7 +115,7 @@ void prepare_bytes(const Preparation& p) {
 template <int BITS, int PLANES>
 void multiply_bytes(const Product& p) {
   constexpr int64_t most = PIECE / unit_columns(BITS), WORDS = unit_words(BITS) * BLOCK;
-  const Index<BITS> index;
+  const Index index;
   const __m512i ones = _mm512_set1_epi8(1);
   const uint32_t* codes = p.codes;
   const uint8_t* table = static_cast<const uint8_t*>(p.x);
@@ -199,14 +132,11 @@ void multiply_bytes(const Product& p) {
       for (int64_t u = left < most ? left : most; u > 0; --u, codes += WORDS) {
 #pragma GCC unroll 12
         for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
-#pragma GCC unroll 8
-        for (int i = 0; i < STEPS<BITS>; ++i, table += SPAN<BITS> * PLANES) {
+#pragma GCC unroll 2
+        for (int i = 0; i < STEPS; ++i, table += SPAN * PLANES) {
           __m512i bytes[PLANES];
 #pragma GCC unroll 3
-          for (int k = 0; k < PLANES; ++k) {
-            if constexpr (BITS == 3) bytes[k] = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table + SPAN<BITS> * k)));
-            else bytes[k] = _mm512_load_si512(table + 64 * k);
-          }
+          for (int k = 0; k < PLANES; ++k) bytes[k] = _mm512_load_si512(table + SPAN * k);
 #pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) {
             const __m512i chosen = index.of(codes + v * 16, i);
@@ -246,7 +176,7 @@ template <int BITS>
 constexpr int QUADS = BITS == 3 ? 8 : 8 / BITS;
 template <int BITS>
 constexpr int quad_column(int quad, int b) {
-  return BITS == 3 ? column_of<3>(quad, b) : quad + b * (8 / BITS);
+  return BITS == 3 ? 4 * (quad / 2) + quad % 2 + 2 * (b % 2) + 16 * (b / 2) : quad + b * (8 / BITS);
 }
 
 int64_t pieces_of(int64_t groups, int64_t group_columns) { return groups * ((group_columns + PIECE - 1) / PIECE); }
@@ -313,7 +243,7 @@ void quad_rows(const Product& p, int64_t group, int64_t piece, const uint32_t* t
   }
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
-    const int64_t at = group * BLOCK + v * 16;
+    const int64_t at = p.scale_at(group, 0) + v * 16;
     const __m512 scale = p.scales != nullptr ? _mm512_loadu_ps(p.scales + at)
                                              : _mm512_mul_ps(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)).v, _mm512_set1_ps(p.unit));
 #pragma GCC unroll 6
@@ -327,17 +257,30 @@ void quad_rows(const Product& p, int64_t group, int64_t piece, const uint32_t* t
   }
 }
 
+// The levels of a unit in 8 bits, [QUADS][64] words.
+template <int BITS>
+BL_INLINE void write_quads(const uint32_t* codes, __m512i book, uint32_t* to) {
+  alignas(64) uint32_t words[WORDS_OUT * BLOCK];
+  if constexpr (BITS == 3) write_words(codes, words);
+#pragma GCC unroll 8
+  for (int quad = 0; quad < QUADS<BITS>; ++quad, to += BLOCK)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      const __m512i word = BITS == 3 ? _mm512_load_si512(words + quad / 2 * BLOCK + v * 16) : _mm512_loadu_si512(codes + v * 16);
+      const int shift = BITS == 3 ? 3 * (quad % 2) : BITS * quad;
+      _mm512_store_si512(to + v * 16, _mm512_permutexvar_epi8(_mm512_srli_epi32(word, static_cast<unsigned>(shift)), book));
+    }
+}
+
 template <int BITS>
 void multiply_quads(const Product& p) {
   constexpr int64_t most = PIECE / unit_columns(BITS), WORDS = unit_words(BITS) * BLOCK;
   constexpr int64_t MOST_ROWS = 6;
-  const Index<BITS> index;
   const float largest = largest_level(BITS, p.levels);
   alignas(64) uint8_t level[64];
   for (int i = 0; i < 64; ++i) level[i] = static_cast<uint8_t>(128 + static_cast<int>(rintf(p.levels[i & ((1 << BITS) - 1)] / largest * 127)));
   const __m512i book = _mm512_load_si512(level);
   uint32_t* tile = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(p.tile) + 63) & ~uintptr_t{63});
-  const uint32_t* codes = p.codes;
   const uint32_t* x = static_cast<const uint32_t*>(p.x);
   const uint32_t* tails = x + p.groups * p.group_units * QUADS<BITS>;
   const int64_t pieces = pieces_of(p.groups, p.group_units * unit_columns(BITS)), turns = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -345,19 +288,13 @@ void multiply_quads(const Product& p) {
   for (int64_t group = 0; group < p.groups; ++group)
     for (int64_t left = p.group_units; left > 0; left -= most, ++piece) {
       const int64_t units = left < most ? left : most, quads = units * QUADS<BITS>;
-      uint32_t* to = tile;
+      const int64_t unit = group * p.group_units + p.group_units - left;
+      const uint32_t* codes = p.codes + (BITS == 3 ? piece_at(unit, units, p.beside, p.place) : unit * WORDS);
+      const int64_t far = BITS == 3 ? later(p, 0) * units * WORDS * 4 : FAR;
       for (int64_t u = 0; u < units; ++u, codes += WORDS) {
 #pragma GCC unroll 12
-        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
-#pragma GCC unroll 8
-        for (int quad = 0; quad < QUADS<BITS>; ++quad, to += BLOCK)
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) {
-            __m512i chosen;
-            if constexpr (BITS == 3) chosen = index.of(codes + v * 16, quad);
-            else chosen = _mm512_srli_epi32(_mm512_loadu_si512(codes + v * 16), static_cast<unsigned>(BITS * quad));
-            _mm512_store_si512(to + v * 16, _mm512_permutexvar_epi8(chosen, book));
-          }
+        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + far, _MM_HINT_T1);
+        write_quads<BITS>(codes, book, tile + u * QUADS<BITS> * BLOCK);
       }
       for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t row = turn * p.rows / turns, count = (turn + 1) * p.rows / turns - row;
@@ -395,7 +332,6 @@ void prepare_planes(const Preparation& p) {
   switch (p.bits) {
     case 1: return two ? prepare_bytes<1, 2>(p) : prepare_bytes<1, 3>(p);
     case 2: return two ? prepare_bytes<2, 2>(p) : prepare_bytes<2, 3>(p);
-    case 3: return two ? prepare_bytes<3, 2>(p) : prepare_bytes<3, 3>(p);
     default: return two ? prepare_bytes<4, 2>(p) : prepare_bytes<4, 3>(p);
   }
 }
@@ -405,7 +341,6 @@ void by_bytes(const Product& p) {
   switch (p.bits) {
     case 1: return two ? multiply_bytes<1, 2>(p) : multiply_bytes<1, 3>(p);
     case 2: return two ? multiply_bytes<2, 2>(p) : multiply_bytes<2, 3>(p);
-    case 3: return two ? multiply_bytes<3, 2>(p) : multiply_bytes<3, 3>(p);
     default: return two ? multiply_bytes<4, 2>(p) : multiply_bytes<4, 3>(p);
   }
 }
