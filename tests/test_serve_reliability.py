@@ -11,7 +11,6 @@ import random
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ from bitloft.options import ServeOptions
 from bitloft.serve.engine import EngineStats
 from bitloft.serve.http import Server, background, open_service
 from tests.helpers import make_adapter
-from tests.serving import CHAT, World, connect, error_of, raw, slowed, until
+from tests.serving import CHAT, World, connect, error_of, process, raw, slowed, until
 
 # R1. No wrong-adapter answer.
 
@@ -223,32 +222,6 @@ def test_300_clients_that_leave_leave_nothing_behind(world: World, monkeypatch: 
 
 
 # R7 and R8. Signals, with a process of its own.
-
-
-@contextmanager
-def process(world: World, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """``bitloft serve`` and its address."""
-    command = [
-        "-m",
-        "bitloft.cli",
-        "serve",
-        str(world.base),
-        "--adapter-dir",
-        str(world.adapters),
-        "--port",
-        "0",
-        *flags,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        if found.stderr is None:
-            raise RuntimeError("no pipe")
-        line = next(line for line in found.stderr if line.startswith("serving"))
-        yield found, line.split(" at ")[1].split(" ")[0]
-    finally:
-        found.kill()
-        found.communicate()
 
 
 @dataclass

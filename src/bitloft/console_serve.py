@@ -69,6 +69,7 @@ def bench_serve(
             "first token": _times(report.first_token_ms),
             "per token": _times(report.token_ms),
             "whole answer": _times(report.whole_ms),
+            "refused": f"{report.refused}, told after {_times(report.refused_ms)}" if report.refused else "none",
             "throughput": f"{report.requests_per_second:.2f} requests/s, {report.tokens_per_second:.1f} tokens/s",
             "goodput": f"{report.goodput_requests_per_second:.2f} requests/s, "
             f"{report.goodput_tokens_per_second:.1f} tokens/s (right and in time)",
