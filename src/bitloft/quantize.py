@@ -7,136 +7,41 @@ manifest does not list.
 """
 
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from bitloft import __version__, card
 from bitloft.calibrate.refine import RefineReport, refine, sequences
-from bitloft.calibrate.run import Calibration, run_calibrated
+from bitloft.calibrate.run import run_calibrated
 from bitloft.checkpoint import (
     copy_companions,
-    fingerprint,
     read_tensors,
     replace_tensors,
-    weight_files,
     write_json,
     write_manifest,
 )
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.fanout import fanned
-from bitloft.formats import Format
 from bitloft.integrations.ray import Cluster
-from bitloft.integrations.skeleton import UNPACKED
 from bitloft.integrations.source import Source, open_source
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
+from bitloft.quantize_report import QuantizeReport, report_of
 from bitloft.shards import INDEX
 from bitloft.slots import Slots, bytes_of, lay_out, reserve, write
 from bitloft.stream import Plan, Progress, in_turn, make_plan, run
-from bitloft.widths import Widths, choose_widths, perplexity_of
+from bitloft.widths import choose_widths, perplexity_of
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
 REFINE = "refine"  # the journal's name for the tuning, and its directory
 SHARD = "50GB"  # as transformers saves: a base that is loaded and saved again keeps its bytes
-
-
-@dataclass(frozen=True)
-class MatrixReport:
-    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding. ``calibrated`` holds what
-    ``solvers.base.Calibrated`` says: errors where inputs are, damping and tokens; None for other solvers."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    error_before: float
-    error_after: float
-    bytes: int
-    start_bytes: int
-    seconds: float
-    calibrated: dict[str, Any] | None = None
-
-    @property
-    def weights(self) -> int:
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What ``quantize`` did. Bytes are those of stored tensors; ``true_bits`` are per weight of the packed matrices.
-
-    ``resumed`` counts the matrices that an earlier, interrupted run had finished; ``seconds`` are this run's.
-    ``widths`` is what ``target_bits`` came to.
-    """
-
-    out: str
-    source: str
-    fingerprint: str
-    matrices: tuple[MatrixReport, ...]
-    left: dict[str, str]
-    ignored: tuple[str, ...]
-    embedding_bytes: int
-    other_bytes: int
-    source_bytes: int
-    stored_bytes: int
-    seconds: float
-    selection: str = "by the model class"
-    resumed: int = 0
-    widths: Widths | None = None
-    refined: RefineReport | None = None
-    calibration: Calibration | None = None
-
-    @property
-    def weights(self) -> int:
-        return sum(m.weights for m in self.matrices)
-
-    @property
-    def formats(self) -> str:
-        """The formats and how many matrices each has, most common first; the name alone where there is one."""
-        counts = Counter(m.format for m in self.matrices).most_common()
-        return counts[0][0] if len(counts) == 1 else ", ".join(f"{fmt} ({count})" for fmt, count in counts)
-
-    @property
-    def payload_bits(self) -> float:
-        """Bits of codes per packed weight: the number that papers quote."""
-        return sum(Format.parse(m.format).bits * m.weights for m in self.matrices) / self.weights
-
-    @property
-    def true_bits(self) -> float:
-        """Bits per packed weight, start left out."""
-        return 8 * sum(m.bytes for m in self.matrices) / self.weights
-
-    @property
-    def true_bits_with_start(self) -> float:
-        return 8 * sum(m.bytes + m.start_bytes for m in self.matrices) / self.weights
-
-    def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        for total in ("weights", "payload_bits", "true_bits", "true_bits_with_start"):
-            found[total] = getattr(self, total)
-        for row, matrix in zip(found["matrices"], self.matrices, strict=True):
-            row["true_bits"] = 8 * matrix.bytes / matrix.weights
-        return found
-
-    def lasting(self) -> dict[str, Any]:
-        """The part that depends on source and settings alone: what is written beside the weights."""
-        found = self.to_dict()
-        for key in ("out", "seconds", "resumed"):
-            del found[key]
-        for row in found["matrices"]:
-            del row["seconds"]
-        for key in ("gathered", "reused", "seconds") if self.calibration is not None else ():
-            del found["calibration"][key]
-        return found
 
 
 def quantize(
@@ -193,7 +98,8 @@ def quantize(
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
         refined = _refine(source, options, plan, slots, journal, progress) if options.refine else None
-        report = _report(str(out), source, plan, journal, directory)
+        again = journal.done.get(REFINE, {}).get("errors", {})
+        report = report_of(str(out), source, plan, journal.done, directory, again)
         report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
         report = replace(report, seconds=time.perf_counter() - began)
         _finish(report, options, made_of, Path(out).name, directory)
@@ -303,47 +209,3 @@ def _refine(
 
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-
-
-def _report(out: str, source: Source, plan: Plan, journal: Journal, directory: Path) -> QuantizeReport:
-    rows = []
-    again = journal.done.get(REFINE, {}).get("errors", {})
-    for name in plan.steps:
-        record = journal.done[name]
-        share = record["seconds"] / len(record["matrices"])
-        for row in record["matrices"]:
-            before, after = again.get(row["name"], (row["error_before"], row["error_after"]))
-            errors = {"error_before": before, "error_after": after}
-            rows.append(MatrixReport(**row | {"shape": tuple(row["shape"])} | errors, seconds=share))
-    embedding, other = _unpacked_bytes(plan)
-    read = {name for reading in plan.skeleton.readings for name in reading.sources}
-    return QuantizeReport(
-        out=out,
-        source=source.name,
-        fingerprint=fingerprint(weight_files(directory)),
-        matrices=tuple(rows),
-        left=plan.left,
-        ignored=source.ignored,
-        embedding_bytes=embedding,
-        other_bytes=other,
-        source_bytes=sum(plan.skeleton.tensors[name].spec.nbytes for name in read),
-        stored_bytes=sum(f.stat().st_size for f in weight_files(directory)),
-        seconds=0.0,
-        selection="by the model class" if plan.skeleton.known else "by names and shapes: no class is known",
-    )
-
-
-def _unpacked_bytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of embeddings (input, and head where it is not tied) and of everything else that is not packed."""
-    model = plan.skeleton.model
-    head = model.get_output_embeddings() if plan.skeleton.known else None
-    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or (head is not None and m is head)}
-    packed = {output for matrix in plan.matrices for output in matrix.outputs}
-    embedding = other = 0
-    for name, spec in plan.outputs.items():
-        module, _, leaf = name.rpartition(".")
-        table = module in tables if plan.skeleton.known else bool(UNPACKED.search(name)) and len(spec.shape) == 2
-        if name not in packed:
-            embedding += spec.nbytes if table and leaf == "weight" else 0
-            other += 0 if table and leaf == "weight" else spec.nbytes
-    return embedding, other
