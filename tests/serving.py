@@ -186,15 +186,15 @@ def serving(directory: Path) -> Iterator[World]:
 
 
 @contextmanager
-def process(world: World, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def process(base: Path, adapters: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """``bitloft serve`` in a process of its own, and its address."""
     command = [
         "-m",
         "bitloft.cli",
         "serve",
-        str(world.base),
+        str(base),
         "--adapter-dir",
-        str(world.adapters),
+        str(adapters),
         "--port",
         "0",
         *flags,

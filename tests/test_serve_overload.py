@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from bitloft.options import LoadOptions
+from bitloft.quantize import quantize
 from bitloft.serve.client import Target, get
 from bitloft.serve.load import Report, load
-from tests.serving import World, process
+from tests.helpers import make_adapter, tiny_llama
+from tests.serving import process
 
 QUEUE, ROWS = 24, 2
-ANSWER = 100  # tokens; long, so that ten times the rate is no more than a client can send
+ANSWER = 64  # tokens
 FLAGS = ("--max-queue", str(QUEUE), "--max-batch", str(ROWS), "--adapter-share", "1.0")
 
 
@@ -50,9 +52,20 @@ def watched(pid: int, url: str) -> Iterator[list[tuple[int, int]]]:
         thread.join(60)
 
 
-def flood(world: World, seconds: float) -> tuple[Report, Report, list[tuple[int, int]]]:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with two adapters beside it. Its steps take milliseconds: with a smaller one a server does nothing but
+    HTTP, and ten times of that is more than a client can send."""
+    place = tmp_path_factory.mktemp("overload")
+    quantize(tiny_llama(place / "model", hidden=256, layers=6), place / "base", format="lm2:64", solver="qlora")
+    for seed in (1, 2):
+        make_adapter(place / "adapters" / f"a{seed}", seed=seed, base=place / "base")
+    return place / "base"
+
+
+def flood(base: Path, seconds: float) -> tuple[Report, Report, list[tuple[int, int]]]:
     """Reports of a calm run and of the flood, and what was seen of the process while the flood went on."""
-    with process(world, *FLAGS) as (server, url):
+    with process(base, base.parent / "adapters", *FLAGS) as (server, url):
         calm = load(url, LoadOptions(requests=30, clients=ROWS, max_tokens=ANSWER, check=False))
         rate = 10 * calm.requests_per_second
         crowd = LoadOptions(requests=int(rate * seconds), rate=rate, max_tokens=ANSWER, check=False)
@@ -65,22 +78,22 @@ def check(calm: Report, crowd: Report, seen: list[tuple[int, int]]) -> None:
     assert calm.errors == {}
     assert set(crowd.errors) == {"queue_full"}  # those who were taken were answered
     assert crowd.answered + crowd.refused == crowd.requests
-    assert crowd.refused > 5 * crowd.answered
+    assert crowd.refused > 3 * crowd.answered
     assert crowd.refused_without_retry_after == 0
     assert max(waiting for _, waiting in seen) <= QUEUE
     assert min(waiting for _, waiting in seen[2:-4]) > 0  # else nobody had to wait, and nothing was tried
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_crowd_is_refused_and_the_others_are_answered(world: World) -> None:
-    calm, crowd, seen = flood(world, 5)
+def test_a_crowd_is_refused_and_the_others_are_answered(base: Path) -> None:
+    calm, crowd, seen = flood(base, 5)
     check(calm, crowd, seen)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_minute_of_overload_leaves_memory_and_goodput_where_they_were(world: World) -> None:
-    calm, crowd, seen = flood(world, 60)
+def test_a_minute_of_overload_leaves_memory_and_goodput_where_they_were(base: Path) -> None:
+    calm, crowd, seen = flood(base, 60)
     check(calm, crowd, seen)
     memory = [used for used, _ in seen]
     assert max(memory) <= 1.05 * memory[0]

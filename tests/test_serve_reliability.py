@@ -252,7 +252,7 @@ class Reader:
 
 def test_sigterm_drains_a_real_process(world: World) -> None:
     """Streams under way finish, new requests are refused with a word to close the connection, the exit code is 0."""
-    with process(world) as (server, url):
+    with process(world.base, world.adapters) as (server, url):
         readers = [Reader(url, 240, ("alpha", "beta", "base")[i % 3]) for i in range(20)]
         until(lambda: all(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -268,7 +268,7 @@ def test_sigterm_drains_a_real_process(world: World) -> None:
 
 
 def test_what_outlives_the_drain_gets_an_error_and_a_second_signal_ends_at_once(world: World) -> None:
-    with process(world, "--drain-seconds", "0.2", "--max-batch", "1") as (server, url):
+    with process(world.base, world.adapters, "--drain-seconds", "0.2", "--max-batch", "1") as (server, url):
         readers = [Reader(url, 240) for _ in range(4)]  # one after the other: the last ones cannot be in time
         until(lambda: any(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -277,7 +277,7 @@ def test_what_outlives_the_drain_gets_an_error_and_a_second_signal_ends_at_once(
         assert [r for r in readers if r.error and "shutting down" in r.error]
         assert all(r.finish or r.error for r in readers)
         assert server.wait(30) == 0
-    with process(world, "--drain-seconds", "1000", "--max-batch", "1") as (server, url):
+    with process(world.base, world.adapters, "--drain-seconds", "1000", "--max-batch", "1") as (server, url):
         readers = [Reader(url, 240) for _ in range(12)]
         until(lambda: any(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -296,14 +296,14 @@ def test_killed_servers_come_back_whole(world: World) -> None:
     draw = random.Random(5)
     expected = {name: world.alone(world.encode("one two"), name, 6) for name in ("base", "alpha", "beta", "delta")}
     for _ in range(8):
-        with process(world) as (server, url):
+        with process(world.base, world.adapters) as (server, url):
             readers = [Reader(url, 240, ("alpha", "beta", "base")[i % 3]) for i in range(8)]
             time.sleep(draw.random() * 2)
             server.kill()
             for reader in readers:
                 reader.thread.join(60)
             assert all(reader.finish or reader.error for reader in readers)
-        with process(world) as (_, url), connect(url) as client:
+        with process(world.base, world.adapters) as (_, url), connect(url) as client:
             assert len(list(client.models.list())) == 5
             for name, text in expected.items():
                 answer = client.completions.create(model=name, prompt="one two", max_tokens=6, temperature=0)

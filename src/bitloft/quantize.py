@@ -7,6 +7,7 @@ manifest does not list.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ from bitloft.checkpoint import (
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.fanout import fanned
 from bitloft.integrations.ray import Cluster
+from bitloft.integrations.remote import is_url
 from bitloft.integrations.source import Source, open_source
+from bitloft.integrations.upload import check_place, staged, upload
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
 from bitloft.quantize_report import QuantizeReport, report_of
@@ -55,15 +58,17 @@ def quantize(
     threads: int = 1,
     shard_size: str = SHARD,
     cluster: Cluster | None = None,
+    stage: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Quantize ``model`` (hub name, safetensors folder or its URL, GGUF file) into the directory ``out``.
+    """Quantize ``model`` (hub name, safetensors folder or its URL, GGUF file) into the directory ``out``, or its URL.
 
     Settings are the fields of QuantizeOptions: ``quantize("m", "out", format="lm2:64", rank=16)``. ``jobs`` processes
     work on matrices of their own with ``threads`` threads each: jobs do not change the bytes, threads may, in the last
     digit of an error. (Processes are spawned: a script that asks for jobs needs ``if __name__ == "__main__":``.)
     With a ``cluster`` matrices are tasks on Ray and ``jobs`` is not used; the bytes are the same at equal ``threads``.
+    An ``out`` in object storage is made in ``stage`` (the current directory) and then sent, its manifest last.
     ``resume`` goes on where an interrupted run of the same settings stopped. Raises OptionError for options that do
     not exist or fit, CheckpointError for a source that is missing, unsafe or damaged, and for a full disk.
     """
@@ -71,9 +76,13 @@ def quantize(
     limit, began = bytes_of(shard_size, "shard_size"), time.perf_counter()
     _check_run(str(model), jobs, threads, options)
     _check_cluster(str(model), jobs, threads, cluster)
-    check_free(out, overwrite=overwrite, resume=resume)
+    target = str(out) if is_url(str(out)) else None
+    place = Path(out) if target is None else staged(target, stage)
+    check_free(place, overwrite=overwrite, resume=resume)
+    if target is not None:
+        check_place(target, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
-    options, widths = choose_widths(source, options, progress, partial(_tried, model, Path(out), threads))
+    options, widths = choose_widths(source, options, progress, partial(_tried, model, place, threads))
     plan = make_plan(source, options)
     if options.refine:
         sequences(source, plan, options)  # what cannot be refined is refused now, not after hours
@@ -81,7 +90,7 @@ def quantize(
     made_of = source.fingerprint()
     identity = _identity(made_of, options, threads, limit)
     with (
-        working(out, identity, overwrite=overwrite, resume=resume) as journal,
+        working(place, identity, overwrite=overwrite, resume=resume, finish=_finisher(target)) as journal,
         fanned(str(model), options, cluster) as spread,
     ):
         directory = journal.directory
@@ -104,6 +113,11 @@ def quantize(
         report = replace(report, seconds=time.perf_counter() - began)
         _finish(report, options, made_of, Path(out).name, directory)
     return report
+
+
+def _finisher(url: str | None) -> Callable[[Journal], None] | None:
+    """What takes a finished base to ``url``; None where it stays on this machine."""
+    return None if url is None else lambda journal: upload(journal.directory, url, journal)
 
 
 def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:
