@@ -74,13 +74,8 @@ def quantize(
     """
     options = options or QuantizeOptions(**settings)
     limit, began = bytes_of(shard_size, "shard_size"), time.perf_counter()
-    _check_run(str(model), jobs, threads, options)
-    _check_cluster(str(model), jobs, threads, cluster)
-    target = str(out) if is_url(str(out)) else None
-    place = Path(out) if target is None else staged(target, stage)
-    check_free(place, overwrite=overwrite, resume=resume)
-    if target is not None:
-        check_place(target, overwrite=overwrite, resume=resume)
+    _check_run(str(model), jobs, threads, options, cluster)
+    place, finish = _destination(str(out), stage, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
     options, widths = choose_widths(source, options, progress, partial(_tried, model, place, threads))
     plan = make_plan(source, options)
@@ -90,7 +85,7 @@ def quantize(
     made_of = source.fingerprint()
     identity = _identity(made_of, options, threads, limit)
     with (
-        working(place, identity, overwrite=overwrite, resume=resume, finish=_finisher(target)) as journal,
+        working(place, identity, overwrite=overwrite, resume=resume, finish=finish) as journal,
         fanned(str(model), options, cluster) as spread,
     ):
         directory = journal.directory
@@ -107,17 +102,24 @@ def quantize(
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
         refined = _refine(source, options, plan, slots, journal, progress) if options.refine else None
-        again = journal.done.get(REFINE, {}).get("errors", {})
-        report = report_of(str(out), source, plan, journal.done, directory, again)
+        report = report_of(str(out), source, plan, journal.done, directory, journal.done.get(REFINE, {}))
         report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
         report = replace(report, seconds=time.perf_counter() - began)
         _finish(report, options, made_of, Path(out).name, directory)
     return report
 
 
-def _finisher(url: str | None) -> Callable[[Journal], None] | None:
-    """What takes a finished base to ``url``; None where it stays on this machine."""
-    return None if url is None else lambda journal: upload(journal.directory, url, journal)
+def _destination(
+    out: str, stage: str | Path | None, *, overwrite: bool, resume: bool
+) -> tuple[Path, Callable[[Journal], None] | None]:
+    """The directory that is made on this machine, and what takes it to ``out`` where that is a URL; first whether
+    either is free."""
+    place = staged(out, stage) if is_url(out) else Path(out)
+    check_free(place, overwrite=overwrite, resume=resume)
+    if not is_url(out):
+        return place, None
+    check_place(out, overwrite=overwrite, resume=resume)
+    return place, lambda journal: upload(journal.directory, out, journal)
 
 
 def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:
@@ -141,7 +143,7 @@ def _tried(model: str | Path, out: Path, threads: int, options: QuantizeOptions,
         return perplexity_of(Path(place) / "base", text)
 
 
-def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) -> None:
+def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions, cluster: Cluster | None) -> None:
     calibrated = options.solver == "calibrated" and options.metric != "none"
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
@@ -150,6 +152,7 @@ def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) ->
         raise OptionError(f"jobs is {jobs}, but calibration goes block by block; use jobs 1 and more threads.")
     if jobs > 1 and model.endswith(".gguf"):
         raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
+    _check_cluster(model, jobs, threads, cluster)
 
 
 def _check_cluster(model: str, jobs: int, threads: int, cluster: Cluster | None) -> None:

@@ -114,11 +114,11 @@ def report_of(
     plan: Plan,
     done: Mapping[str, dict[str, Any]],
     directory: Path,
-    again: Mapping[str, tuple[float, float]],
+    tuned: Mapping[str, Any],
 ) -> QuantizeReport:
-    """What the finished steps of ``plan`` (``done``, by name) came to in ``directory``. ``again`` holds the errors of
-    matrices that were tuned afterwards."""
-    rows = []
+    """What the finished steps of ``plan`` (``done``, by name) came to in ``directory``. ``tuned`` is the record of
+    what was tuned afterwards: its errors by matrix."""
+    rows, again = [], tuned.get("errors", {})
     for name in plan.steps:
         record = done[name]
         share = record["seconds"] / len(record["matrices"])
