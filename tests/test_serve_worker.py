@@ -1,5 +1,6 @@
 """serve/worker.py: the thread's life by itself, with a child that computes squares."""
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.serve.requests import RequestError
 from bitloft.serve.store import AdapterStore
-from bitloft.serve.worker import Worker, context_of
+from bitloft.serve.worker import SWITCH_SECONDS, Worker, context_of
 from tests.serving import until
 
 MODEL: Any = BertModel(
@@ -71,7 +72,9 @@ class Squares(Worker):
 def test_a_turn_that_raises_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
     worker = Squares()
     assert worker.unready() == "the engine does not run"
+    sys.setswitchinterval(0.005)
     worker.start()
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
     worker.add(2, -1, 3)
     until(lambda: worker.idle)
     assert (worker.done, worker.lost) == ([4, 9], [-1])
