@@ -24,9 +24,8 @@ STALL_SECONDS = 4.0  # a turn that takes longer, and much longer than those befo
 STALL_FACTOR = 10.0  # times what a turn has taken lately: a large model's are long
 LATELY = 0.1  # the newest turn's share in that
 
-# What a thread waits for the interpreter that another one is using. Python's own 5 ms is what the engine would lose after
-# each native call to an event loop that is busy: under ten times the load a server answered 0.63 of what it did without,
-# with this 0.97 (bench/overload.py).
+# What a thread waits for the interpreter that another one is using. Python's own 5 ms is what the engine may lose after
+# each native call to an event loop that is busy refusing (docs/decisions.md has what was measured).
 SWITCH_SECONDS = 0.0005
 
 log = logging.getLogger("bitloft.serve")
