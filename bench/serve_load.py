@@ -162,7 +162,7 @@ class Bench:
         engine = self.engine(count)
         engine.start()
         try:
-            jobs = self.jobs(count, self.size.requests, count)
+            jobs = self.jobs(count, self.size.requests, SEED)
             harness.say(f"{count} adapters, saturated")
             saturated, many = asyncio.run(self._load(engine, jobs, None))
             rate = 0.7 * saturated["requests_per_second"]
@@ -181,7 +181,7 @@ class Bench:
         engine = self.engine(count)
         engine.start()
         try:
-            figures, _ = asyncio.run(self._load(engine, self.jobs(count, self.size.requests, count), None))
+            figures, _ = asyncio.run(self._load(engine, self.jobs(count, self.size.requests, SEED), None))
         finally:
             engine.stop()
             engine.store.close()
@@ -322,6 +322,7 @@ class Bench:
             engine.store.close()
 
 
+SEED = 0  # the same for every number of adapters: prompts are then the same, and only whose they are differs
 PEFT_ADAPTERS = (5, 100)  # of the requests that PEFT answers too, by Zipf's law; the last is the figure
 TIE = 1e-3  # difference of two logarithms below which either token is right
 
