@@ -150,8 +150,7 @@ def read_private(file: Path) -> bytearray | mmap.mmap:
     """A file's bytes in memory of their own.
 
     From OWN_PAGES bytes on these are pages that nothing else is in, and that go back to the system with the last view
-    of them. Megabytes that stay, read by way of megabytes that go, leave holes in the allocator's heap: 400 buffers of
-    2.5 MB took 3.8 MB each (bench/resident.py). Raises OSError, and CheckpointError for a file that changes meanwhile.
+    of them, as an allocator's heap need not. Raises OSError, and CheckpointError for a file that changes meanwhile.
     """
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
