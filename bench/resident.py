@@ -2,7 +2,8 @@
 
 Adapters are r16 on all linears at 0.5 true bits, each with a buffer of its own, read from files as a server reads them
 and attached to the base's bank (the second kind: read and held, there is no such base here to run). Resident memory is
-what the process grew by; the files are copies with other codes (bench/served/adapters.py).
+what the process grew by; the files are copies with other codes (bench/served/adapters.py), which another process makes
+and writes: what making them leaves in an allocator is not what reading them takes.
 
 gib_per_10000     GiB that 10,000 adapters of SmolLM2 take; in the mode's own count, scaled (``counted`` says how many)
 gib_16_bit        what they would take in 16 bits
@@ -18,6 +19,9 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,7 @@ GIB = 1 << 30
 LLAMA7B = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
            "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (4096, 11008), "mlp.up_proj": (4096, 11008),
            "mlp.down_proj": (11008, 4096)}  # fmt: skip
-MODES = {"full": (10_000, 4_000, 32), "quick": (10_000, 400, 32), "smoke": (30, 4, 1)}  # adapters, of 7B, its layers
+MODES = {"full": (10_000, 4_000, 32), "quick": (2_000, 400, 32), "smoke": (30, 4, 1)}  # adapters, of 7B, its layers
 GOALS = {"gib_per_10000": 5.0, "llama7b_gib_per_4000": 12.0}
 ASKED = 40
 
@@ -104,31 +108,50 @@ def stack(place: Path, layers: int) -> None:
 
 def alone(call: Any, place: Path, count: int) -> dict[str, Any]:
     """``call`` in a process of its own: one that has freed memory would reuse it and not grow."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found: dict[str, Any] = pool.apply(call, (place, count, torch.get_num_threads()))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found: dict[str, Any] = pool.submit(call, place, count, torch.get_num_threads()).result()
     return found
+
+
+@contextmanager
+def writer(source: Path) -> Iterator[Callable[[Path, int], None]]:
+    """Writes copies of ``source`` into a directory, from a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (source,)) as pool:
+        yield lambda path, seed: pool.submit(_write, path, seed).result()
+
+
+_copies: list[made.Copies] = []
+
+
+def _open(source: Path) -> None:
+    torch.set_num_threads(1)
+    _copies.append(made.Copies(source))
+
+
+def _write(path: Path, seed: int) -> None:
+    path.mkdir(exist_ok=True)
+    for name, data in _copies[0].files(seed).items():
+        (path / name).write_bytes(data)
 
 
 def serving(place: Path, count: int, threads: int) -> dict[str, Any]:
     """Growth by ``count`` adapters of a store without a budget, and what some of them answer afterwards."""
     torch.set_num_threads(threads)
     base = place / "base"
-    copies = made.Copies(place / f"packed-{BITS}")
     model, tokenizer, record = load(base), load_tokenizer(base), base_record(base)
     options = ServeOptions(max_queue=1000, adapter_share=1.0)
     store = AdapterStore(AdapterBank(model), record, "base", options)
     engine = Engine(model, tokenizer, store, options)
     engine._running.eos = frozenset()
-    with tempfile.TemporaryDirectory() as temporary:
-        first = copies.write(Path(temporary) / "first", count)
+    with tempfile.TemporaryDirectory() as temporary, writer(place / f"packed-{BITS}") as write:
+        first = Path(temporary) / "first"
+        write(first, count)
         store.add("first", first)  # what is made once for all is not counted
         gc.collect()
         before, began = resident(), time.perf_counter()
         for i in range(count):
             path = Path(temporary) / f"a{i}"
-            for name, data in copies.files(i).items():
-                path.mkdir(exist_ok=True)
-                (path / name).write_bytes(data)
+            write(path, i)
             store.add(path.name, path)
             for file in path.iterdir():
                 file.unlink()
@@ -163,19 +186,19 @@ def serving(place: Path, count: int, threads: int) -> dict[str, Any]:
 def holding(place: Path, count: int, threads: int) -> dict[str, Any]:
     """Growth by ``count`` adapters that are read and held as a bank holds them; one of them is described once."""
     torch.set_num_threads(threads)
-    copies = made.Copies(place / f"packed-{BITS}")
+    source = place / f"packed-{BITS}"
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    count = min(count, max(int(0.6 * free / len(copies.raw)), 1))
+    count = min(count, max(int(0.6 * free / sum(file.stat().st_size for file in source.iterdir())), 1))
     held = []
-    with tempfile.TemporaryDirectory() as temporary:
-        path = copies.write(Path(temporary) / "one", count)
+    with tempfile.TemporaryDirectory() as temporary, writer(source) as write:
+        path = Path(temporary) / "one"
+        write(path, count)
         modules = tuple(read_packed(path).modules)
         Held(read_packed(path)).described(modules)
         gc.collect()
         before = resident()
         for i in range(count):
-            for name, data in copies.files(i).items():
-                (path / name).write_bytes(data)
+            write(path, i)
             held.append(Held(read_packed(path)))
         held[0].described(modules)
         held[0].release()

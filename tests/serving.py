@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -180,6 +183,32 @@ def serving(directory: Path) -> Iterator[World]:
     with background(service, said.append) as server:
         yield World(base, adapters, service, server.url, said)
     service.store.close()
+
+
+@contextmanager
+def process(base: Path, adapters: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """``bitloft serve`` in a process of its own, and its address."""
+    command = [
+        "-m",
+        "bitloft.cli",
+        "serve",
+        str(base),
+        "--adapter-dir",
+        str(adapters),
+        "--port",
+        "0",
+        *flags,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        if found.stderr is None:
+            raise RuntimeError("no pipe")
+        line = next(line for line in found.stderr if line.startswith("serving"))
+        yield found, line.split(" at ")[1].split(" ")[0]
+    finally:
+        found.kill()
+        found.communicate()
 
 
 def connect(url: str, key: str = "none") -> openai.OpenAI:

@@ -16,7 +16,8 @@ from bitloft.integrations.loading import load
 from bitloft.integrations.source import open_source
 from bitloft.modules.linear import quant_linears
 from bitloft.options import QuantizeOptions
-from bitloft.quantize import QuantizeReport, quantize
+from bitloft.quantize import quantize
+from bitloft.quantize_report import QuantizeReport
 from bitloft.stream import make_plan
 from tests.helpers import WORDS
 

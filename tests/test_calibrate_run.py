@@ -14,7 +14,8 @@ from bitloft.errors import CheckpointError, OptionError
 from bitloft.integrations.body import Body
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears
-from bitloft.quantize import TIMES, QuantizeReport, quantize
+from bitloft.quantize import TIMES, quantize
+from bitloft.quantize_report import QuantizeReport
 from tests.architectures import make
 from tests.helpers import WORDS, tiny_llama, tiny_tokenizer
 

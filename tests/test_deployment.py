@@ -161,5 +161,7 @@ def test_bad_numbers_and_a_base_that_is_none(tmp_path: Path) -> None:
     for wrong in ({"least": 0}, {"least": 3, "most": 2}, {"threads": 0}):
         with pytest.raises(OptionError, match=r"replicas are .* use 1 or more"):
             Replicas(**wrong)
+    with pytest.raises(OptionError, match=r"scale-down is -1 seconds; use 0 or more"):
+        Replicas(down=-1.0)
     with pytest.raises(CheckpointError, match="is not a directory; give a base"):
         deployment.serve(tmp_path / "none", None, ServeOptions(), Replicas(), Cluster())

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from bitloft.errors import OptionError
-from bitloft.machine import KINDS, SMALL, Machine, Rates, fitted, measure, read_machine, settings, write_machine
+from bitloft.machine import (
+    KINDS,
+    SMALL,
+    Machine,
+    Rates,
+    fitted,
+    gathering,
+    measure,
+    read_machine,
+    settings,
+    solving,
+    write_machine,
+)
 from bitloft.options import PlanOptions
 
 SETTING = {"format": "lm2:64", "rank": 4}
@@ -69,6 +81,16 @@ def test_qalora_is_measured_with_its_own_format() -> None:
     options = PlanOptions(format=fmt, solver="qalora", rank=0, adapter_rank=4, batch=1, length=16)
     found = measure(options, [fmt], Machine("here", 1, 1), models=SMALL)
     assert found.seconds("quantize", settings(options, fmt)["quantize"], {"weights": 1e9, "matrices": 100}) > 0
+
+
+def test_calibrated_is_measured_with_a_text() -> None:
+    options = PlanOptions(format="lm2:64", solver="calibrated", rank=4)
+    found = measure(options, ["lm2:64"], Machine("here", 1, 1), models=SMALL, kinds=("quantize",))
+    assert [rates.kind for rates in found.rates] == ["quantize"]
+    setting = settings(options, "lm2:64")["quantize"]
+    work = solving(options, 4096, 4096) | gathering(options, [(4096, 4096)], 65536)
+    assert found.seconds("quantize", setting, work) > 0
+    assert gathering(PlanOptions(), [(64, 64)], 10) == {}
 
 
 def test_a_measurement_at_toy_size() -> None:

@@ -48,20 +48,23 @@ def test_bytes_of_the_other_solvers(solver: str, fmt: str, tiny_model: Path, tmp
     assert plan(tiny_model, **asked).stage("quantize").disk == written
 
 
-def test_times_of_the_other_solvers(tiny_model: Path, tmp_path: Path) -> None:
+def test_times_of_the_other_solvers(tiny_model: Path) -> None:
     """From rates of their own alone, never from another solver's."""
     asked = ASKED | {"solver": "calibrated"}
-    with pytest.raises(
-        OptionError, match=r"no rates of quantize .*solver calibrated.*plan its bytes without --machine"
-    ):
+    with pytest.raises(OptionError, match=r"no rates of quantize .*solver calibrated.*--measure"):
         plan(tiny_model, machine=machine(), **asked)
-    with pytest.raises(OptionError, match="--measure does not time the solver calibrated"):
-        plan(tiny_model, machine=tmp_path / "m.toml", measure=True, **asked)
-    assert not (tmp_path / "m.toml").exists()
     setting = settings(PlanOptions(**asked), "lm2:64")["quantize"]
     held = replace(machine(), rates=(*machine().rates, Rates("quantize", setting, {"weights": 1e-6})))
     report = plan(tiny_model, machine=held, **asked)
     assert report.stage("quantize").seconds == pytest.approx(report.footprint.weights * 1e-6)
+    work = {"weights_tokens": 1e-12, "moments": 1e-12, "cubes": 1e-10, "squares": 1e-10}
+    held = replace(machine(), rates=(*machine().rates, Rates("quantize", setting, work)))
+    asked |= {"samples": 3, "calibrate_length": 100}
+    shapes = [(s.rows, s.columns, s.count) for s in report.footprint.shapes]
+    moments = sum(count * columns**2 for _, columns, count in shapes)
+    cubes = sum(count * (columns**3 + rows * columns**2) for rows, columns, count in shapes)
+    wanted = 300e-12 * (report.footprint.weights + moments) + 1e-10 * cubes
+    assert plan(tiny_model, machine=held, **asked).stage("quantize").seconds == pytest.approx(wanted)
     with pytest.raises(OptionError, match=r"no rates of quantize .*solver qalora.*--measure"):
         plan(tiny_model, machine=machine(), **ASKED | {"solver": "qalora"} | {"format": "uniform2:32+shift"})
 

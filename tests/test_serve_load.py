@@ -22,6 +22,7 @@ def test_a_server_that_answers_right(world: World) -> None:
     found = load(world.url, OPTIONS, tell=lambda *step: seen.append(step))
     assert (found.requests, found.answered, found.checked, found.wrong_answers) == (24, 24, 24, 0)
     assert found.errors == {}
+    assert (found.refused, found.refused_ms) == (0, {})
     assert 2 <= found.models <= 5
     assert set(found.first_token_ms) == {"p50", "p95", "p99"}
     assert 0 < found.first_token_ms["p50"] <= found.first_token_ms["p99"] <= found.whole_ms["p99"]
@@ -63,6 +64,8 @@ def test_refused_requests_are_counted_by_code(world: World) -> None:
         found = load(server.url, replace(OPTIONS, clients=24, max_tokens=40, check=False))
     assert set(found.errors) == {"queue_full"}
     assert found.answered + found.errors["queue_full"] == 24
+    assert (found.refused, found.refused_without_retry_after) == (found.errors["queue_full"], 0)
+    assert 0 < found.refused_ms["p50"] <= found.refused_ms["p99"]
     assert found.checked == 0
 
 

@@ -11,7 +11,6 @@ import random
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ from bitloft.options import ServeOptions
 from bitloft.serve.engine import EngineStats
 from bitloft.serve.http import Server, background, open_service
 from tests.helpers import make_adapter
-from tests.serving import CHAT, World, connect, error_of, raw, slowed, until
+from tests.serving import CHAT, World, connect, error_of, process, raw, slowed, until
 
 # R1. No wrong-adapter answer.
 
@@ -225,32 +224,6 @@ def test_300_clients_that_leave_leave_nothing_behind(world: World, monkeypatch: 
 # R7 and R8. Signals, with a process of its own.
 
 
-@contextmanager
-def process(world: World, *flags: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """``bitloft serve`` and its address."""
-    command = [
-        "-m",
-        "bitloft.cli",
-        "serve",
-        str(world.base),
-        "--adapter-dir",
-        str(world.adapters),
-        "--port",
-        "0",
-        *flags,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        if found.stderr is None:
-            raise RuntimeError("no pipe")
-        line = next(line for line in found.stderr if line.startswith("serving"))
-        yield found, line.split(" at ")[1].split(" ")[0]
-    finally:
-        found.kill()
-        found.communicate()
-
-
 @dataclass
 class Reader:
     """A stream that a thread reads to its end."""
@@ -279,7 +252,7 @@ class Reader:
 
 def test_sigterm_drains_a_real_process(world: World) -> None:
     """Streams under way finish, new requests are refused with a word to close the connection, the exit code is 0."""
-    with process(world) as (server, url):
+    with process(world.base, world.adapters) as (server, url):
         readers = [Reader(url, 240, ("alpha", "beta", "base")[i % 3]) for i in range(20)]
         until(lambda: all(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -295,7 +268,7 @@ def test_sigterm_drains_a_real_process(world: World) -> None:
 
 
 def test_what_outlives_the_drain_gets_an_error_and_a_second_signal_ends_at_once(world: World) -> None:
-    with process(world, "--drain-seconds", "0.2", "--max-batch", "1") as (server, url):
+    with process(world.base, world.adapters, "--drain-seconds", "0.2", "--max-batch", "1") as (server, url):
         readers = [Reader(url, 240) for _ in range(4)]  # one after the other: the last ones cannot be in time
         until(lambda: any(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -304,7 +277,7 @@ def test_what_outlives_the_drain_gets_an_error_and_a_second_signal_ends_at_once(
         assert [r for r in readers if r.error and "shutting down" in r.error]
         assert all(r.finish or r.error for r in readers)
         assert server.wait(30) == 0
-    with process(world, "--drain-seconds", "1000", "--max-batch", "1") as (server, url):
+    with process(world.base, world.adapters, "--drain-seconds", "1000", "--max-batch", "1") as (server, url):
         readers = [Reader(url, 240) for _ in range(12)]
         until(lambda: any(reader.begun for reader in readers), 60)
         server.send_signal(signal.SIGTERM)
@@ -323,14 +296,14 @@ def test_killed_servers_come_back_whole(world: World) -> None:
     draw = random.Random(5)
     expected = {name: world.alone(world.encode("one two"), name, 6) for name in ("base", "alpha", "beta", "delta")}
     for _ in range(8):
-        with process(world) as (server, url):
+        with process(world.base, world.adapters) as (server, url):
             readers = [Reader(url, 240, ("alpha", "beta", "base")[i % 3]) for i in range(8)]
             time.sleep(draw.random() * 2)
             server.kill()
             for reader in readers:
                 reader.thread.join(60)
             assert all(reader.finish or reader.error for reader in readers)
-        with process(world) as (_, url), connect(url) as client:
+        with process(world.base, world.adapters) as (_, url), connect(url) as client:
             assert len(list(client.models.list())) == 5
             for name, text in expected.items():
                 answer = client.completions.create(model=name, prompt="one two", max_tokens=6, temperature=0)

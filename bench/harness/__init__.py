@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,14 @@ def finish(name: str, arguments: argparse.Namespace, shape: Mapping[str, Any], f
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}-{arguments.mode}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record))
+
+
+_BEGAN = time.monotonic()
+
+
+def say(what: str) -> None:
+    """A line of progress on stderr, with the seconds since the start: a run that is cut off tells how far it came."""
+    print(f"[{time.monotonic() - _BEGAN:6.0f} s] {what}", file=sys.stderr, flush=True)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:

@@ -31,7 +31,9 @@ def quantize(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="hub name, safetensors folder or its URL, or .gguf file")
     ],
-    out: Out,
+    out: Annotated[
+        str, typer.Option("--out", help="directory to make, written beside and renamed; or its URL in object storage")
+    ],
     options: QuantizeOptions,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -46,12 +48,17 @@ def quantize(
     engine: Engine = "local",
     address: Address = None,
     task_memory: TaskMemory = None,
+    stage: Annotated[
+        Path | None,
+        typer.Option("--stage", help="where a base for a URL is made before it is sent (default: here)"),
+    ] = None,
 ) -> None:
     """Quantize a model to 2-4 bits and find the LoRA start that repairs it, in the memory of its largest matrix."""
     from bitloft.quantize import quantize as verb
 
     cluster = cluster_of(engine, address, task_memory, jobs, threads)
     run: dict[str, Any] = {"resume": resume, "threads": threads, "shard_size": shard_size, "cluster": cluster}
+    run["stage"] = stage
     run["jobs"] = 1 if cluster is not None or jobs is None else jobs
     with progress("quantizing") as step:
         report = verb(model, out, options, overwrite=overwrite, progress=step, **run)

@@ -25,15 +25,24 @@ def serve(
     replicas: Annotated[int | None, typer.Option("--replicas", help="ray: replicas, or the least of them")] = None,
     max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="ray: as many where requests ask")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="ray: processors of a replica")] = None,
+    scale_up: Annotated[
+        float | None, typer.Option("--scale-up", help="ray: seconds of too much until a replica is added (30)")
+    ] = None,
+    scale_down: Annotated[
+        float | None, typer.Option("--scale-down", help="ray: seconds of too little until one is removed (600)")
+    ] = None,
 ) -> None:
     """Serve a base and its adapters over an OpenAI-shaped HTTP interface."""
     cluster = cluster_of(engine, address, None, None, threads or 1)
-    given = {"--replicas": replicas, "--max-replicas": max_replicas, "--threads": threads}
+    given = {"--replicas": replicas, "--max-replicas": max_replicas, "--threads": threads, "--scale-up": scale_up,
+             "--scale-down": scale_down}  # fmt: skip
     if cluster is not None:
         from bitloft.serve.deployment import Replicas
         from bitloft.serve.deployment import serve as spread
 
-        spread(base, adapter_dir, options, Replicas(replicas or 1, max_replicas, threads or 1), cluster)
+        delays = {name: value for name, value in (("up", scale_up), ("down", scale_down)) if value is not None}
+        wanted = Replicas(replicas or 1, max_replicas, threads or 1, **delays)
+        spread(base, adapter_dir, options, wanted, cluster)
         return
     for flag, value in given.items():
         if value is not None:
@@ -69,6 +78,7 @@ def bench_serve(
             "first token": _times(report.first_token_ms),
             "per token": _times(report.token_ms),
             "whole answer": _times(report.whole_ms),
+            "refused": f"{report.refused}, told after {_times(report.refused_ms)}" if report.refused else "none",
             "throughput": f"{report.requests_per_second:.2f} requests/s, {report.tokens_per_second:.1f} tokens/s",
             "goodput": f"{report.goodput_requests_per_second:.2f} requests/s, "
             f"{report.goodput_tokens_per_second:.1f} tokens/s (right and in time)",

@@ -8,6 +8,7 @@ the alternative, would be wrong at the first model that is not in it.
 """
 
 import json
+import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig
 
 from bitloft.adapters import PREFIX
@@ -184,3 +186,16 @@ def random_llama(folder: Path, hidden: int, middle: int, layers: int, vocabulary
     with quiet_loading():
         transformers.LlamaForCausalLM(config).half().save_pretrained(folder)
     return folder
+
+
+def random_text(folder: Path, tokens: int) -> Path:
+    """A text of so many random words beside a model that ``random_llama`` made, and a tokenizer that knows them."""
+    size = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    words = {f"w{number}": number for number in range(size)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w1", pad_token="w1").save_pretrained(folder)
+    draw = random.Random(0)
+    text = folder.with_name(f"{folder.name}.txt")
+    text.write_text(" ".join(f"w{draw.randrange(size)}" for _ in range(tokens)) + "\n", encoding="utf-8")
+    return text

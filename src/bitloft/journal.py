@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,14 @@ def check_free(out: Path | str, *, overwrite: bool, resume: bool) -> None:
 
 @contextmanager
 def working(
-    out: Path | str, identity: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+    out: Path | str,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    finish: Callable[[Journal], None] | None = None,
 ) -> Iterator[Journal]:
-    """A journal whose ``directory`` is renamed to ``out`` on success.
+    """A journal whose ``directory`` is renamed to ``out`` on success, or given to ``finish``, which takes it elsewhere.
 
     After any failure (a full disk, a kill, a damaged tensor) the finished steps stay in ``work_directory(out)`` for a
     run with ``resume`` and the same ``identity``; where none was finished nothing stays. Raises CheckpointError where
@@ -76,7 +81,10 @@ def working(
         handle, done = _open(work, identity, resume=resume)
         journal = Journal(work, handle, done)
         yield journal
-        publish(journal.directory, out)
+        if finish is None:
+            publish(journal.directory, out)
+        else:
+            finish(journal)
         shutil.rmtree(work)
         done.clear()
     except OSError as error:

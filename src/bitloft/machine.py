@@ -1,6 +1,8 @@
 """What a machine does in a second, measured once and kept in a TOML file that plans are made from.
 
-    seconds = sum of coefficient * feature     quantize: matrices, weights, edges (rows + columns), bytes read
+    seconds = sum of coefficient * feature     quantize: matrices, weights, edges (rows + columns), bytes read; where a
+                                               text is measured also columns^3, rows * columns^2, and tokens times
+                                               weights and times columns^2
                                                train: weights * tokens, head * tokens, layers * tokens, layers
                                                compress: adapters, modules, values
                                                prefill, decode: weights, head, layers, each also times rows
@@ -20,6 +22,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,13 @@ from bitloft.checkpoint import replace_text
 from bitloft.compress import compress
 from bitloft.errors import KernelError, OptionError
 from bitloft.factors import Pair, write_lora
-from bitloft.footprint import random_llama
+from bitloft.footprint import random_llama, random_text
 from bitloft.integrations.decoder import Decoder, reason
 from bitloft.integrations.loading import load
 from bitloft.integrations.peft import fresh_adapter
-from bitloft.options import PlanOptions
+from bitloft.options import PlanOptions, QuantizeOptions
 from bitloft.quantize import quantize
+from bitloft.quantize_report import QuantizeReport
 from bitloft.tasks.lm import target_losses
 
 Progress = Callable[[int, int, str], None]
@@ -47,10 +51,7 @@ SMALL = ((64, 128, 1, 128), (128, 256, 2, 256))  # the same in a second, for tes
 ADAPTERS = ((8, 576, 576), (28, 576, 1536), (56, 576, 576), (14, 1024, 2816))
 SMALL_ADAPTERS = ((2, 64, 64), (4, 64, 96))
 ROWS = (1, 8)  # of a decoding step
-TEXT = (
-    "which also reads its calibration text; plan its bytes without --machine, or write rates of a run into the "
-    "machine file (docs/scale.md)."
-)
+CALIBRATION = (12, 128)  # sequences and tokens of each that the solver calibrated is measured with
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,6 @@ class Machine:
             if found.kind == kind and found.setting == dict(setting):
                 return sum(value * features.get(name, 0.0) for name, value in found.seconds.items())
         asked = ", ".join(f"{key} {value}" for key, value in setting.items())
-        if setting.get("solver") == "calibrated":
-            raise OptionError(f"the machine {self.name} has no rates of {kind} for {asked}, {TEXT}")
         raise OptionError(
             f"the machine {self.name} has no rates of {kind} for {asked}; measure it there with the same options "
             "(`bitloft plan MODEL --machine FILE --measure`)."
@@ -147,18 +146,15 @@ def measure(
     known: Machine | None = None,
     *,
     models: Sequence[tuple[int, int, int, int]] = MODELS,
+    kinds: Sequence[str] = KINDS,
     progress: Progress | None = None,
 ) -> Machine:
-    """Measure this machine for these options and formats; what ``known`` holds of other settings stays.
-
-    Raises OptionError for the solver calibrated: its time is that of reading a text as well, which is not measured.
-    """
-    if options.solver == "calibrated":
-        raise OptionError(f"--measure does not time the solver calibrated, {TEXT}")
+    """Measure this machine for these options and formats; what ``known`` holds of other settings stays, and of other
+    ``kinds`` of work."""
     made: list[Rates] = []
     for done, fmt in enumerate(formats):
         with tempfile.TemporaryDirectory(prefix="bitloft-measure-") as place:
-            made += _of_format(options, fmt, Path(place), models)
+            made += _of_format(options, fmt, Path(place), models, kinds)
         if progress is not None:
             progress(done + 1, len(formats), fmt)
     machine = known or Machine(_name(), os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -172,25 +168,53 @@ def _name() -> str:
     return platform.node() or "this machine"
 
 
-def _of_format(options: PlanOptions, fmt: str, place: Path, models: Sequence[tuple[int, int, int, int]]) -> list[Rates]:
+def solving(options: PlanOptions, rows: int, columns: int) -> dict[str, float]:
+    """Features of the work on one matrix."""
+    found = {"matrices": 1.0, "weights": float(rows * columns), "edges": float(rows + columns)}
+    if options.solver == "calibrated":  # factors of the second moment, and error fed from column to column
+        found |= {"cubes": float(columns) ** 3, "squares": float(rows) * columns**2}
+    return found
+
+
+def gathering(options: PlanOptions, shapes: Sequence[tuple[int, int]], tokens: int) -> dict[str, float]:
+    """Features of reading a text through the model: its products, and the second moments of what they multiply."""
+    if options.solver != "calibrated":
+        return {}
+    weights, moments = sum(r * c for r, c in shapes), sum(c * c for _, c in shapes)
+    return {"weights_tokens": float(weights) * tokens, "moments": float(moments) * tokens}
+
+
+def _of_format(
+    options: PlanOptions, fmt: str, place: Path, models: Sequence[tuple[int, int, int, int]], kinds: Sequence[str]
+) -> list[Rates]:
     rows: dict[str, list[tuple[dict[str, float], float]]] = {kind: [] for kind in KINDS}
     for number, shape in enumerate(models):
         rank = min(options.rank, min(shape[:2]) // 2)
         source, base = random_llama(place / f"model{number}", *shape), place / f"base{number}"
-        chosen = replace(options.quantizing(), format=fmt, rules=(), rank=rank)
-        report = quantize(str(source), base, chosen, threads=options.threads)
-        for matrix in report.matrices:
-            one = {"matrices": 1.0, "weights": float(matrix.weights), "edges": float(sum(matrix.shape))}
-            rows["quantize"].append((one, matrix.seconds))
+        report = _quantized(source, base, replace(options.quantizing(), format=fmt, rules=(), rank=rank), options)
+        rows["quantize"] += [(solving(options, *matrix.shape), matrix.seconds) for matrix in report.matrices]
         rest = report.seconds - sum(matrix.seconds for matrix in report.matrices)
-        rows["quantize"].append(({"runs": 1.0, "bytes": float(report.source_bytes)}, rest))
+        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in report.matrices]
+        reading = gathering(options, shapes, prod(CALIBRATION))
+        rows["quantize"].append(({"runs": 1.0, "bytes": float(report.source_bytes)} | reading, rest))
         sizes = _sizes(shape, report.weights)
-        _trained(base, options, min(options.adapter_rank, min(shape[:2]) // 2), sizes, rows["train"])
-        _served(base, sizes, rows["prefill"], rows["decode"])
+        if "train" in kinds:
+            _trained(base, options, min(options.adapter_rank, min(shape[:2]) // 2), sizes, rows["train"])
+        if "decode" in kinds:
+            _served(base, sizes, rows["prefill"], rows["decode"])
     for number, adapter in enumerate(ADAPTERS if models is MODELS else SMALL_ADAPTERS):
-        rows["compress"].append(_compressed(adapter, place / f"adapter{number}", options))
+        if "compress" in kinds:
+            rows["compress"].append(_compressed(adapter, place / f"adapter{number}", options))
     asked = settings(options, fmt)
     return [Rates(kind, asked[kind], fitted(found)) for kind, found in rows.items() if found]
+
+
+def _quantized(source: Path, base: Path, chosen: QuantizeOptions, options: PlanOptions) -> QuantizeReport:
+    if chosen.solver == "calibrated":
+        samples, length = CALIBRATION
+        text = random_text(source, samples * (length + 1))
+        chosen = replace(chosen, calibrate=str(text), samples=samples, calibrate_length=length)
+    return quantize(str(source), base, chosen, threads=options.threads)
 
 
 def _sizes(shape: tuple[int, int, int, int], weights: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 from bitloft import machine as machines
 from bitloft.errors import OptionError
 from bitloft.footprint import Footprint, Shape, footprint, sketched
-from bitloft.machine import Machine, Progress, read_machine, settings, write_machine
+from bitloft.machine import Machine, Progress, gathering, read_machine, settings, solving, write_machine
 from bitloft.options import PlanOptions
 from bitloft.report import Section, Table, lines, page
 from bitloft.slots import bytes_of
@@ -128,19 +128,20 @@ def _quantize(found: Footprint, options: PlanOptions, held: Machine | None) -> S
     memory = options.jobs * (PROCESS + WORK * largest)
     seconds = None
     if held is not None:
-        fixed = {"runs": 1.0, "bytes": float(found.source)}
+        shapes = [(shape.rows, shape.columns) for shape in found.shapes for _ in range(shape.count)]
+        reading = gathering(options, shapes, options.samples * options.calibrate_length)
+        fixed = {"runs": 1.0, "bytes": float(found.source)} | reading
         alone = held.seconds("quantize", settings(options, _most(found))["quantize"], fixed)
         work = sum(
-            held.seconds("quantize", settings(options, shape.format)["quantize"], _work(shape))
+            held.seconds("quantize", settings(options, shape.format)["quantize"], _work(shape, options))
             for shape in found.shapes
         )
         seconds = alone + work / (options.jobs * _together(held))
     return Stage("quantize", found.base, memory, seconds, f"{options.jobs} processes a node")
 
 
-def _work(shape: Shape) -> dict[str, float]:
-    each = {"matrices": 1.0, "weights": float(shape.rows * shape.columns), "edges": float(shape.rows + shape.columns)}
-    return {name: value * shape.count for name, value in each.items()}
+def _work(shape: Shape, options: PlanOptions) -> dict[str, float]:
+    return {name: value * shape.count for name, value in solving(options, shape.rows, shape.columns).items()}
 
 
 def _together(held: Machine) -> float:

@@ -7,136 +7,44 @@ manifest does not list.
 """
 
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from bitloft import __version__, card
 from bitloft.calibrate.refine import RefineReport, refine, sequences
-from bitloft.calibrate.run import Calibration, run_calibrated
+from bitloft.calibrate.run import run_calibrated
 from bitloft.checkpoint import (
     copy_companions,
-    fingerprint,
     read_tensors,
     replace_tensors,
-    weight_files,
     write_json,
     write_manifest,
 )
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.fanout import fanned
-from bitloft.formats import Format
 from bitloft.integrations.ray import Cluster
-from bitloft.integrations.skeleton import UNPACKED
+from bitloft.integrations.remote import is_url
 from bitloft.integrations.source import Source, open_source
+from bitloft.integrations.upload import check_place, staged, upload
 from bitloft.journal import Journal, check_free, working
 from bitloft.options import QuantizeOptions
+from bitloft.quantize_report import QuantizeReport, report_of
 from bitloft.shards import INDEX
 from bitloft.slots import Slots, bytes_of, lay_out, reserve, write
 from bitloft.stream import Plan, Progress, in_turn, make_plan, run
-from bitloft.widths import Widths, choose_widths, perplexity_of
+from bitloft.widths import choose_widths, perplexity_of
 
 REPORT = "bitloft_report.json"
 TIMES = "bitloft_times.json"
 REFINE = "refine"  # the journal's name for the tuning, and its directory
 SHARD = "50GB"  # as transformers saves: a base that is loaded and saved again keeps its bytes
-
-
-@dataclass(frozen=True)
-class MatrixReport:
-    """One packed matrix. Errors are relative Frobenius norms; bits count scales and padding. ``calibrated`` holds what
-    ``solvers.base.Calibrated`` says: errors where inputs are, damping and tokens; None for other solvers."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    error_before: float
-    error_after: float
-    bytes: int
-    start_bytes: int
-    seconds: float
-    calibrated: dict[str, Any] | None = None
-
-    @property
-    def weights(self) -> int:
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What ``quantize`` did. Bytes are those of stored tensors; ``true_bits`` are per weight of the packed matrices.
-
-    ``resumed`` counts the matrices that an earlier, interrupted run had finished; ``seconds`` are this run's.
-    ``widths`` is what ``target_bits`` came to.
-    """
-
-    out: str
-    source: str
-    fingerprint: str
-    matrices: tuple[MatrixReport, ...]
-    left: dict[str, str]
-    ignored: tuple[str, ...]
-    embedding_bytes: int
-    other_bytes: int
-    source_bytes: int
-    stored_bytes: int
-    seconds: float
-    selection: str = "by the model class"
-    resumed: int = 0
-    widths: Widths | None = None
-    refined: RefineReport | None = None
-    calibration: Calibration | None = None
-
-    @property
-    def weights(self) -> int:
-        return sum(m.weights for m in self.matrices)
-
-    @property
-    def formats(self) -> str:
-        """The formats and how many matrices each has, most common first; the name alone where there is one."""
-        counts = Counter(m.format for m in self.matrices).most_common()
-        return counts[0][0] if len(counts) == 1 else ", ".join(f"{fmt} ({count})" for fmt, count in counts)
-
-    @property
-    def payload_bits(self) -> float:
-        """Bits of codes per packed weight: the number that papers quote."""
-        return sum(Format.parse(m.format).bits * m.weights for m in self.matrices) / self.weights
-
-    @property
-    def true_bits(self) -> float:
-        """Bits per packed weight, start left out."""
-        return 8 * sum(m.bytes for m in self.matrices) / self.weights
-
-    @property
-    def true_bits_with_start(self) -> float:
-        return 8 * sum(m.bytes + m.start_bytes for m in self.matrices) / self.weights
-
-    def to_dict(self) -> dict[str, Any]:
-        found = asdict(self)
-        for total in ("weights", "payload_bits", "true_bits", "true_bits_with_start"):
-            found[total] = getattr(self, total)
-        for row, matrix in zip(found["matrices"], self.matrices, strict=True):
-            row["true_bits"] = 8 * matrix.bytes / matrix.weights
-        return found
-
-    def lasting(self) -> dict[str, Any]:
-        """The part that depends on source and settings alone: what is written beside the weights."""
-        found = self.to_dict()
-        for key in ("out", "seconds", "resumed"):
-            del found[key]
-        for row in found["matrices"]:
-            del row["seconds"]
-        for key in ("gathered", "reused", "seconds") if self.calibration is not None else ():
-            del found["calibration"][key]
-        return found
 
 
 def quantize(
@@ -150,25 +58,26 @@ def quantize(
     threads: int = 1,
     shard_size: str = SHARD,
     cluster: Cluster | None = None,
+    stage: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Quantize ``model`` (hub name, safetensors folder or its URL, GGUF file) into the directory ``out``.
+    """Quantize ``model`` (hub name, safetensors folder or its URL, GGUF file) into the directory ``out``, or its URL.
 
     Settings are the fields of QuantizeOptions: ``quantize("m", "out", format="lm2:64", rank=16)``. ``jobs`` processes
     work on matrices of their own with ``threads`` threads each: jobs do not change the bytes, threads may, in the last
     digit of an error. (Processes are spawned: a script that asks for jobs needs ``if __name__ == "__main__":``.)
     With a ``cluster`` matrices are tasks on Ray and ``jobs`` is not used; the bytes are the same at equal ``threads``.
+    An ``out`` in object storage is made in ``stage`` (the current directory) and then sent, its manifest last.
     ``resume`` goes on where an interrupted run of the same settings stopped. Raises OptionError for options that do
     not exist or fit, CheckpointError for a source that is missing, unsafe or damaged, and for a full disk.
     """
     options = options or QuantizeOptions(**settings)
     limit, began = bytes_of(shard_size, "shard_size"), time.perf_counter()
-    _check_run(str(model), jobs, threads, options)
-    _check_cluster(str(model), jobs, threads, cluster)
-    check_free(out, overwrite=overwrite, resume=resume)
+    _check_run(str(model), jobs, threads, options, cluster)
+    place, finish = _destination(str(out), stage, overwrite=overwrite, resume=resume)
     source = open_source(str(model))
-    options, widths = choose_widths(source, options, progress, partial(_tried, model, Path(out), threads))
+    options, widths = choose_widths(source, options, progress, partial(_tried, model, place, threads))
     plan = make_plan(source, options)
     if options.refine:
         sequences(source, plan, options)  # what cannot be refined is refused now, not after hours
@@ -176,7 +85,7 @@ def quantize(
     made_of = source.fingerprint()
     identity = _identity(made_of, options, threads, limit)
     with (
-        working(out, identity, overwrite=overwrite, resume=resume) as journal,
+        working(place, identity, overwrite=overwrite, resume=resume, finish=finish) as journal,
         fanned(str(model), options, cluster) as spread,
     ):
         directory = journal.directory
@@ -193,11 +102,24 @@ def quantize(
             write_json(directory / INDEX, slots.index)
         _save_settings(plan, source, tokenizer, directory)
         refined = _refine(source, options, plan, slots, journal, progress) if options.refine else None
-        report = _report(str(out), source, plan, journal, directory)
+        report = report_of(str(out), source, plan, journal.done, directory, journal.done.get(REFINE, {}))
         report = replace(report, resumed=resumed, widths=widths, refined=refined, calibration=calibration)
         report = replace(report, seconds=time.perf_counter() - began)
         _finish(report, options, made_of, Path(out).name, directory)
     return report
+
+
+def _destination(
+    out: str, stage: str | Path | None, *, overwrite: bool, resume: bool
+) -> tuple[Path, Callable[[Journal], None] | None]:
+    """The directory that is made on this machine, and what takes it to ``out`` where that is a URL; first whether
+    either is free."""
+    place = staged(out, stage) if is_url(out) else Path(out)
+    check_free(place, overwrite=overwrite, resume=resume)
+    if not is_url(out):
+        return place, None
+    check_place(out, overwrite=overwrite, resume=resume)
+    return place, lambda journal: upload(journal.directory, out, journal)
 
 
 def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:
@@ -221,7 +143,7 @@ def _tried(model: str | Path, out: Path, threads: int, options: QuantizeOptions,
         return perplexity_of(Path(place) / "base", text)
 
 
-def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) -> None:
+def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions, cluster: Cluster | None) -> None:
     calibrated = options.solver == "calibrated" and options.metric != "none"
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value < 1:
@@ -230,6 +152,7 @@ def _check_run(model: str, jobs: int, threads: int, options: QuantizeOptions) ->
         raise OptionError(f"jobs is {jobs}, but calibration goes block by block; use jobs 1 and more threads.")
     if jobs > 1 and model.endswith(".gguf"):
         raise OptionError(f"jobs is {jobs}, but a GGUF file is converted whole, by each process; use 1.")
+    _check_cluster(model, jobs, threads, cluster)
 
 
 def _check_cluster(model: str, jobs: int, threads: int, cluster: Cluster | None) -> None:
@@ -303,47 +226,3 @@ def _refine(
 
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-
-
-def _report(out: str, source: Source, plan: Plan, journal: Journal, directory: Path) -> QuantizeReport:
-    rows = []
-    again = journal.done.get(REFINE, {}).get("errors", {})
-    for name in plan.steps:
-        record = journal.done[name]
-        share = record["seconds"] / len(record["matrices"])
-        for row in record["matrices"]:
-            before, after = again.get(row["name"], (row["error_before"], row["error_after"]))
-            errors = {"error_before": before, "error_after": after}
-            rows.append(MatrixReport(**row | {"shape": tuple(row["shape"])} | errors, seconds=share))
-    embedding, other = _unpacked_bytes(plan)
-    read = {name for reading in plan.skeleton.readings for name in reading.sources}
-    return QuantizeReport(
-        out=out,
-        source=source.name,
-        fingerprint=fingerprint(weight_files(directory)),
-        matrices=tuple(rows),
-        left=plan.left,
-        ignored=source.ignored,
-        embedding_bytes=embedding,
-        other_bytes=other,
-        source_bytes=sum(plan.skeleton.tensors[name].spec.nbytes for name in read),
-        stored_bytes=sum(f.stat().st_size for f in weight_files(directory)),
-        seconds=0.0,
-        selection="by the model class" if plan.skeleton.known else "by names and shapes: no class is known",
-    )
-
-
-def _unpacked_bytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of embeddings (input, and head where it is not tied) and of everything else that is not packed."""
-    model = plan.skeleton.model
-    head = model.get_output_embeddings() if plan.skeleton.known else None
-    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or (head is not None and m is head)}
-    packed = {output for matrix in plan.matrices for output in matrix.outputs}
-    embedding = other = 0
-    for name, spec in plan.outputs.items():
-        module, _, leaf = name.rpartition(".")
-        table = module in tables if plan.skeleton.known else bool(UNPACKED.search(name)) and len(spec.shape) == 2
-        if name not in packed:
-            embedding += spec.nbytes if table and leaf == "weight" else 0
-            other += 0 if table and leaf == "weight" else spec.nbytes
-    return embedding, other

@@ -35,7 +35,8 @@ from bitloft.modules.linear import quant_linears
 from bitloft.modules.select import HEADS, select_modules
 from bitloft.options import QuantizeOptions, TrainOptions
 from bitloft.options.recipe import Recipe, Row
-from bitloft.quantize import QuantizeReport, quantize
+from bitloft.quantize import quantize
+from bitloft.quantize_report import QuantizeReport
 from bitloft.tasks.catalog import Form, Task, calibration_text, find_task, form_of, head_of
 from bitloft.tasks.precision import choose_precision
 from bitloft.tasks.scores import Score

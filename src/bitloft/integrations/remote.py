@@ -35,20 +35,21 @@ def is_url(model: str) -> bool:
 
 
 @contextmanager
-def _telling(url: str) -> Iterator[None]:
+def telling(url: str, verb: str = "read") -> Iterator[None]:
     """Whatever storage raises becomes one sentence."""
     try:
         yield
     except CheckpointError:
         raise
     except ImportError as error:
-        raise CheckpointError(f"{url} cannot be read: {error}.") from error
+        raise CheckpointError(f"cannot {verb} {url}: {error}.") from error
     except Exception as error:  # every storage has errors of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot read {url}: {first}; check the address and the access to it.") from error
+        raise CheckpointError(f"cannot {verb} {url}: {first}; check the address and the access to it.") from error
 
 
-def _storage(url: str) -> tuple[Any, str]:
+def storage_of(url: str) -> tuple[Any, str]:
+    """fsspec's file system of ``url`` and the path there."""
     import fsspec
 
     return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
@@ -72,8 +73,8 @@ class RemoteEntry(Entry):
     def _range(self, begin: int, count: int) -> Shaped[Tensor, " bytes"]:
         if not count:
             return torch.empty(0, dtype=torch.uint8)
-        with _telling(self.url):
-            storage, path = _storage(self.url)
+        with telling(self.url):
+            storage, path = storage_of(self.url)
             data = storage.cat_file(path, start=begin, end=begin + count)
             if len(data) != count:
                 raise CheckpointError(
@@ -95,8 +96,8 @@ def remote_fingerprint(folder: Path, url: str) -> str:
     lines = []
     for file in sorted(shard_files(folder)):
         digest, source = hashlib.sha256(), f"{url.rstrip('/')}/{file.name}"
-        with _telling(source):
-            storage, path = _storage(source)
+        with telling(source):
+            storage, path = storage_of(source)
             with storage.open(path, "rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
@@ -111,8 +112,8 @@ def fetch_small(url: str) -> Path:
     """
     folder = Path(tempfile.mkdtemp(prefix="bitloft-remote-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with _telling(url):
-        storage, root = _storage(url)
+    with telling(url):
+        storage, root = storage_of(url)
         for record in storage.ls(root.rstrip("/"), detail=True):
             name, size = record["name"].rstrip("/").rpartition("/")[2], record.get("size") or 0
             if record["type"] != "file" or name.startswith("."):
@@ -137,6 +138,6 @@ def fetch_whole(folder: Path, url: str) -> None:
     """Put the whole weight files into ``folder``: for what needs the model in one piece."""
     for file in shard_files(folder):
         source = f"{url.rstrip('/')}/{file.name}"
-        with _telling(source):
-            storage, path = _storage(source)
+        with telling(source):
+            storage, path = storage_of(source)
             storage.get_file(path, str(file))

@@ -16,11 +16,13 @@ class PlanOptions:
     """What is asked of a machine. Names that ``quantize``, ``train`` and ``compress`` have mean the same here."""
 
     format: str = option("lm4:64", "number format of the base's weights")
-    solver: str = option("loftq", "loftq, qlora, qalora or calibrated, as for quantize (calibrated: bytes, not times)")
+    solver: str = option("loftq", "loftq, qlora, qalora or calibrated, as for quantize")
     rank: int = option(16, "rank of the base's start")
     steps: int = option(5, "LoftQ alternations")
     rules: tuple[str, ...] = option((), "PATTERN=FORMAT: another format for the matching modules; repeat for more")
     start_format: str = option("lm4:64", "number format in which the start's factors are stored")
+    samples: int = option(128, "sequences of the text that the solver calibrated measures")
+    calibrate_length: int = option(512, "tokens of such a sequence")
     threads: int = option(1, "threads of a quantizing process")
     jobs: int = option(1, "quantizing processes at once on a machine")
     adapter_rank: int = option(16, "rank of an adapter, on every packed linear")
@@ -48,7 +50,8 @@ class PlanOptions:
         require_choices(router=(self.router, ROUTERS), solver=(self.solver, PLANNED), dtype=(self.dtype, DTYPES[1:]))
         require_positive(
             self, "threads", "jobs", "adapter_rank", "adapter_bits", "adapters", "train_steps", "batch", "accumulate",
-            "length", "requests", "prompt", "answer", "concurrency", "utilisation", "played", "steps",
+            "length", "samples", "calibrate_length",
+            "requests", "prompt", "answer", "concurrency", "utilisation", "played", "steps",
         )  # fmt: skip
         require(self.utilisation <= 1, f"utilisation is {self.utilisation}; use a share up to 1.")
         require(isfinite(self.zipf) and 0 <= self.zipf < 10, f"zipf is {self.zipf}; use 0 to 10.")

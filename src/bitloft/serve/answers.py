@@ -89,13 +89,15 @@ class Answers:
 
     async def chat(self, request: HttpRequest) -> Response:
         body = await read(request, ChatBody)
-        engine, name = self._model(body)  # unknown models are refused before any work
+        engine, name = self._model(body)  # unknown models and a full queue are refused before any work
+        engine.require_room(name, body.n)
         prompt = await self.service.chat_tokens([message.plain for message in body.messages])
         return await self._answer(request, body, self._submit(engine, body, name, [prompt]), name)
 
     async def complete(self, request: HttpRequest) -> Response:
         body = await read(request, CompletionBody)
         engine, name = self._model(body)
+        engine.require_room(name, len(body.prompts) * body.n)
         prompts = [await self.service.tokens(prompt) for prompt in body.prompts]
         return await self._answer(request, body, self._submit(engine, body, name, prompts), name)
 

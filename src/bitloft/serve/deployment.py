@@ -34,11 +34,14 @@ log = logging.getLogger("bitloft")
 @dataclass(frozen=True)
 class Replicas:
     """How many replicas run: ``least`` to ``most`` as requests ask for (``most`` None: always ``least``), each with
-    ``threads`` processors. Raises OptionError for numbers that cannot be."""
+    ``threads`` processors. More come when there has been too much for ``up`` seconds, fewer when there has been too
+    little for ``down``. Raises OptionError for numbers that cannot be."""
 
     least: int = 1
     most: int | None = None
     threads: int = 1
+    up: float = 30.0
+    down: float = 600.0
 
     def __post_init__(self) -> None:
         if self.least < 1 or self.threads < 1 or (self.most is not None and self.most < self.least):
@@ -46,6 +49,9 @@ class Replicas:
                 f"replicas are {self.least} to {self.most or self.least} with {self.threads} threads; use 1 or more, "
                 "and no fewer at most than at least."
             )
+        for name, seconds in (("up", self.up), ("down", self.down)):
+            if not 0 <= seconds < float("inf"):
+                raise OptionError(f"scale-{name} is {seconds:g} seconds; use 0 or more.")
 
 
 class Replica:
@@ -121,7 +127,8 @@ def deploy(
         scaled = {
             "autoscaling_config": {
                 "min_replicas": replicas.least, "max_replicas": replicas.most,
-                "target_ongoing_requests": options.max_batch,
+                "target_ongoing_requests": options.max_batch, "upscale_delay_s": replicas.up,
+                "downscale_delay_s": replicas.down,
             }
         }  # fmt: skip
     made = serve.deployment(

@@ -1,13 +1,12 @@
 """Classification and embedding models: texts in, one vector each out, mixed adapters in one forward.
 
 There is nothing to decode, so there are no rows to keep: what waits when a forward ends is the next batch, the longest
-waiting first, padded to its longest text. One thread computes, as in ``engine``.
+waiting first, padded to its longest text. The thread is ``worker``'s, as the engine's is.
 """
 
 import asyncio
-import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +17,9 @@ from transformers import PreTrainedModel
 
 from bitloft.errors import CheckpointError
 from bitloft.options import ServeOptions
-from bitloft.serve.engine import IDLE_SECONDS, STALL_SECONDS, context_of, log
 from bitloft.serve.requests import RequestError
 from bitloft.serve.store import AdapterStore, Handle
+from bitloft.serve.worker import Worker
 
 CLASSIFIER = "ForSequenceClassification"
 BATCH_TOKENS = 4096  # padded tokens of one forward
@@ -79,7 +78,7 @@ def is_encoder(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith(CLASSIFIER) or not model.can_generate()
 
 
-class Encoder:
+class Encoder(Worker):
     """Texts in, vectors out. ``run`` on an event loop; everything else from any thread."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, store: AdapterStore, options: ServeOptions) -> None:
@@ -87,44 +86,14 @@ class Encoder:
         beyond its own."""
         if not is_encoder(model) or model.config.is_encoder_decoder:
             raise CheckpointError(f"a {type(model).__name__} gives no vector for a text; it is served by the engine.")
-        self.model, self.tokenizer, self.store, self.options = model, tokenizer, store, options
-        self.context = context_of(model, options.context)
+        super().__init__(model, tokenizer, store, options, "bitloft-encoder")
         classifier = type(model).__name__.endswith(CLASSIFIER)
         self.kind = "classify" if classifier else "embed"
         names = getattr(model.config, "id2label", None) or {}
         self.labels: tuple[str, ...] = tuple(str(names[i]) for i in sorted(names)) if classifier else ()
-        self.draining = False
-        self._vocabulary = model.get_input_embeddings().num_embeddings
         self._waiting: deque[_Text] = deque()
         self._batch: list[_Text] = []
-        self._wake = threading.Condition()  # guards _waiting, _batch and _stopping
-        self._stopping = False
-        self._beat = time.monotonic()
         self._batches = self._rows = self._tokens = 0
-        self._refused: Counter[str] = Counter()
-        self._thread = threading.Thread(target=self._run, name="bitloft-encoder", daemon=True)
-        store.on_change(self._notify)
-
-    def start(self) -> None:
-        self._beat = time.monotonic()
-        self._thread.start()
-
-    def stop(self, wait: bool = True) -> None:
-        """End what waits with an error and the thread with it."""
-        with self._wake:
-            self.draining = self._stopping = True
-            self._wake.notify()
-        if wait and self._thread.is_alive():
-            self._thread.join()
-
-    def drain(self) -> None:
-        """Take nothing new; what waits is computed."""
-        self.draining = True
-
-    @property
-    def idle(self) -> bool:
-        with self._wake:
-            return not (self._waiting or self._batch)
 
     @property
     def running(self) -> int:
@@ -133,15 +102,6 @@ class Encoder:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
-
-    def unready(self) -> str | None:
-        """Why new texts would not be computed, or None."""
-        if self.draining:
-            return "shutting down"
-        if not self._thread.is_alive():
-            return "the engine does not run"
-        stalled = time.monotonic() - self._beat
-        return f"the engine has been in one step for {stalled:.0f} s" if stalled > STALL_SECONDS else None
 
     def stats(self) -> EncoderStats:
         age = time.monotonic() - self._beat
@@ -164,12 +124,9 @@ class Encoder:
         return await text.future
 
     def _queued(self, prompt: list[int], adapter: str | None, loop: asyncio.AbstractEventLoop) -> _Text:
-        if self.draining:
-            raise RequestError("shutting_down", "the server is shutting down.")
+        self._require_open()
         self.store.find(adapter)
-        if not prompt or not all(0 <= token < self._vocabulary for token in prompt):
-            found = "no token" if not prompt else f"a token outside the vocabulary of {self._vocabulary}"
-            raise RequestError("invalid_value", f"the text holds {found}.", "input")
+        self._require_tokens(prompt, "text", "input")
         if len(prompt) > self.context:
             raise RequestError(
                 "context_length_exceeded",
@@ -177,6 +134,7 @@ class Encoder:
                 "input",
             )
         with self._wake:
+            self._require_open()
             if len(self._waiting) >= self.options.max_queue:
                 raise RequestError(
                     "queue_full", f"{len(self._waiting)} texts are waiting already; try again shortly.", None, 1.0
@@ -188,34 +146,32 @@ class Encoder:
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while self._take():
-            try:
-                self._compute(self._batch)
-            except Exception:
-                log.exception("a batch failed; its texts end with an error")
-                for text in self._batch:
-                    text.tell(RequestError("engine_error", "the engine failed on this text."))
-            with self._wake:
-                self._batch = []
+    def _ready(self) -> bool:
+        """Make the texts whose adapters are there the batch."""
+        self._drop()
+        self._batch = self._next()
+        taken = set(self._batch)
+        self._waiting = deque(text for text in self._waiting if text not in taken)
+        return bool(self._batch)
+
+    def _turn(self) -> None:
+        self._compute(self._batch)
+        self._clear()
+
+    def _failed(self) -> None:
+        for text in self._batch:
+            text.tell(RequestError("engine_error", "the engine failed on this text."))
+        self._clear()
+
+    def _clear(self) -> None:
+        with self._wake:
+            self._batch = []
+
+    def _end(self) -> None:
         with self._wake:
             left, self._waiting = list(self._waiting), deque()
         for text in left:
             text.tell(RequestError("shutting_down", "the server is shutting down."))
-
-    def _take(self) -> bool:
-        """Wait for texts whose adapters are there and make them the batch; False when it is time to stop."""
-        with self._wake:
-            while not self._stopping:
-                self._beat = time.monotonic()
-                self._drop()
-                self._batch = self._next()
-                if self._batch:
-                    taken = set(self._batch)
-                    self._waiting = deque(text for text in self._waiting if text not in taken)
-                    return True
-                self._wake.wait(IDLE_SECONDS)
-            return False
 
     def _next(self) -> list[_Text]:
         found: list[_Text] = []
@@ -284,7 +240,3 @@ class Encoder:
         several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
         probabilities = row.sigmoid() if several else row.softmax(-1)
         return Encoded([], row.tolist(), probabilities.tolist(), tokens)
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()

@@ -1,21 +1,17 @@
 """The engine: one thread that computes many requests together, whatever their adapters. It knows no HTTP.
 
 Between two steps cancelled and expired requests leave and waiting ones take their rows, in the scheduler's order. A
-step that raises ends the requests in it with an error; the thread begins anew with an empty batch. One thread, not a
-pool: a forward uses all cores, and a second one beside it would only halve both.
+step that raises ends the requests in it with an error; the thread (``worker``) begins anew with an empty batch.
 """
 
 import asyncio
-import logging
-import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitloft.errors import CheckpointError, OptionError
+from bitloft.errors import CheckpointError
 from bitloft.options import ServeOptions
 from bitloft.options.generate import bytes_of
 from bitloft.serve.backend import Backend, backend_for
@@ -26,14 +22,9 @@ from bitloft.serve.scheduler import Scheduler
 from bitloft.serve.selftest import self_test
 from bitloft.serve.store import AdapterStore, Handle
 from bitloft.serve.text import TextStream
+from bitloft.serve.worker import Worker, log
 
-IDLE_SECONDS = 0.5  # the thread looks up that often while nothing waits
-STALL_SECONDS = 4.0  # a step that takes longer, and much longer than those before, means trouble
-STALL_FACTOR = 10.0  # times what a step has taken lately: a large model's are long
-LATELY = 0.1  # the newest step's share in that
 SHARE_OF_FREE = 0.5  # of free memory, for keys and values where no budget is given
-
-log = logging.getLogger("bitloft.serve")
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class EngineStats:
     max_queue: int
 
 
-class Engine:
+class Engine(Worker):
     """Requests in, events out. ``submit`` on an event loop; everything else from any thread."""
 
     def __init__(
@@ -74,26 +65,17 @@ class Engine:
         """Raises CheckpointError for a model that does not continue text, OptionError for a context beyond its own."""
         if model.config.is_encoder_decoder or not model.can_generate():
             raise CheckpointError(f"a {type(model).__name__} does not continue text; only causal models are served.")
-        self.model, self.tokenizer, self.store, self.options = model, tokenizer, store, options
-        self.context = context_of(model, options.context)
+        super().__init__(model, tokenizer, store, options, "bitloft-engine")
         self.backend = backend or backend_for(model, store.bank, batch_invariant=options.batch_invariant)
         self.cache_budget = bytes_of(options.cache_budget) or int(SHARE_OF_FREE * free_memory())
-        self.draining = False
-        self._vocabulary = model.get_input_embeddings().num_embeddings
         self._scheduler = Scheduler(most=options.max_queue, share=options.adapter_share, max_wait=options.max_wait)
         self._running = Running(
             self.backend, tokenizer, _eos(model, tokenizer), options.step_tokens, self._quarantine,
             wrote=self._scheduler.wrote, ended=self._ended,
         )  # fmt: skip
-        self._wake = threading.Condition()  # guards the scheduler and _stopping
-        self._stopping = False
-        self._beat = time.monotonic()
-        self._usual = self._step_seconds = 0.0
+        self._step_seconds = 0.0
         self._restarts = 0
-        self._refused: Counter[str] = Counter()
         self._quarantined: set[str] = set()
-        self._thread = threading.Thread(target=self._run, name="bitloft-engine", daemon=True)
-        store.on_change(self._notify)
 
     # ---- from outside ------------------------------------------------------------------------------------------------
 
@@ -103,26 +85,7 @@ class Engine:
         Raises CheckpointError where they do.
         """
         self_test(self.backend, self.store)
-        self._beat = time.monotonic()
-        self._thread.start()
-
-    def stop(self, wait: bool = True) -> None:
-        """End all requests with an error and the thread with them."""
-        with self._wake:
-            self.draining = self._stopping = True
-            self._wake.notify()
-        if wait and self._thread.is_alive():
-            self._thread.join()
-
-    def drain(self) -> None:
-        """Take nothing new; what runs and waits is finished."""
-        self.draining = True
-
-    @property
-    def idle(self) -> bool:
-        """True when nothing runs or waits."""
-        with self._wake:
-            return not (len(self._scheduler) or self._running.requests)
+        super().start()
 
     @property
     def running(self) -> int:
@@ -132,16 +95,6 @@ class Engine:
     @property
     def waiting(self) -> int:
         return len(self._scheduler)
-
-    def unready(self) -> str | None:
-        """Why new requests would not be answered, or None."""
-        if self.draining:
-            return "shutting down"
-        if not self._thread.is_alive():
-            return "the engine does not run"
-        stalled = time.monotonic() - self._beat
-        limit = max(STALL_SECONDS, STALL_FACTOR * self._usual)
-        return f"the engine has been in one step for {stalled:.0f} s" if stalled > limit else None
 
     def stats(self) -> EngineStats:
         totals = self._running.totals
@@ -170,14 +123,12 @@ class Engine:
             raise
 
     def _submit(self, prompt: list[int], adapter: str | None, sampling: Sampling, n: int) -> list[Request]:
-        if self.draining:
-            raise RequestError("shutting_down", "the server is shutting down.")
+        self._require_open()
         self.store.find(adapter)
         self._check(prompt, sampling)
         made: list[Request] = []
         with self._wake:
-            if self._stopping:
-                raise RequestError("shutting_down", "the server is shutting down.")
+            self._require_open()
             self._scheduler.check(self.store.find(adapter).key, n)
             handles = self._held(adapter, n)
             for i, handle in enumerate(handles):
@@ -189,6 +140,18 @@ class Engine:
                 self._scheduler.add(request)
             self._wake.notify()
         return made
+
+    def require_room(self, adapter: str | None, n: int) -> None:
+        """Raise RequestError where ``n`` requests would be refused now, whatever their prompts: a caller that has a
+        prompt to prepare first asks before it does, so that a full queue costs nobody that work."""
+        key = self.store.find(adapter).key
+        try:
+            with self._wake:
+                self._require_open()
+                self._scheduler.check(key, n)
+        except RequestError as error:
+            self._refused[error.code] += 1
+            raise
 
     def _held(self, adapter: str | None, n: int) -> list[Handle]:
         """``n`` handles, or none."""
@@ -203,9 +166,7 @@ class Engine:
         return found
 
     def _check(self, prompt: list[int], sampling: Sampling) -> None:
-        if not prompt or not all(0 <= token < self._vocabulary for token in prompt):
-            found = "no token" if not prompt else f"a token outside the vocabulary of {self._vocabulary}"
-            raise RequestError("invalid_value", f"the prompt holds {found}.", "prompt")
+        self._require_tokens(prompt, "prompt", "prompt")
         total = len(prompt) + sampling.max_tokens
         if total > self.context:
             raise RequestError(
@@ -221,35 +182,23 @@ class Engine:
 
     # ---- the engine's thread -----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while self._wait():
-            began = self._beat
-            try:
-                self._turn()
-            except Exception:
-                log.exception("a step failed; its requests end with an error")
-                self._restarts += 1
-                self._restart()
-            self._usual += LATELY * (time.monotonic() - began - self._usual)
+    def _failed(self) -> None:
+        self._restarts += 1
+        with self._wake:
+            self._running.restart("engine_error", "the engine failed on this request.")
+
+    def _end(self) -> None:
         with self._wake:
             left = list(self._scheduler)
             self._scheduler.drop(lambda request: False)
         self._running.restart("shutting_down", "the server is shutting down.")
         self._running.fail(left, "shutting_down", "the server is shutting down.")
 
-    def _restart(self) -> None:
-        with self._wake:
-            self._running.restart("engine_error", "the engine failed on this request.")
-
-    def _wait(self) -> bool:
-        """Wait for work; False when it is time to stop."""
-        with self._wake:
-            while not (self._stopping or self._running.requests or self._takes()):
-                self._beat = time.monotonic()
-                self._wake.wait(IDLE_SECONDS)
-                self._drop()
-            self._beat = time.monotonic()
-            return not self._stopping
+    def _ready(self) -> bool:
+        if self._running.requests:
+            return True
+        self._drop()
+        return self._takes()
 
     def _takes(self) -> bool:
         return any(request.cancelled or request.handle.ready() for request in self._scheduler)
@@ -312,21 +261,6 @@ class Engine:
             log.error("the numbers of adapter version %s overflowed; it is not served any more", key[:12])
             self._quarantined.add(key)
         self.store.quarantine(key)
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
-
-def context_of(model: PreTrainedModel, asked: int | None) -> int:
-    """Tokens of prompt and answer together."""
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = asked or own
-    if context is None:
-        raise OptionError("this model does not say how long its context is; set context.")
-    if own is not None and context > own:
-        raise OptionError(f"context is {context}, this model has {own} positions; use {own} or fewer.")
-    return int(context)
 
 
 def _eos(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

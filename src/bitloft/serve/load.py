@@ -23,6 +23,7 @@ from bitloft.options import LoadOptions
 from bitloft.serve.client import Outcome, Target, ask, get
 
 QUANTILES = (50, 95, 99)
+NO_ROOM = (429, 503)
 WORDS = (
     "river", "stone", "paper", "window", "garden", "engine", "morning", "winter", "market", "letter", "music",
     "forest", "bridge", "island", "village", "kitchen", "story", "number", "light", "water", "field", "horse", "ship",
@@ -45,7 +46,8 @@ class Job:
 
 @dataclass
 class Report:
-    """What a run measured; times in milliseconds, quantiles by nearest rank."""
+    """What a run measured; times in milliseconds, quantiles by nearest rank. Refused are those that the server had no
+    room for (429 and 503): how soon a client is told so matters as much as how many are."""
 
     requests: int
     models: int
@@ -59,6 +61,9 @@ class Report:
     first_token_ms: dict[str, float]
     token_ms: dict[str, float]
     whole_ms: dict[str, float]
+    refused: int
+    refused_without_retry_after: int
+    refused_ms: dict[str, float]
     requests_per_second: float
     tokens_per_second: float
     goodput_requests_per_second: float
@@ -206,6 +211,7 @@ def judge(
     bad = {id(out) for _, out in wrong}
     good = [out for _, out in answered if id(out) not in bad and _in_time(out, options)]
     tokens = sum(out.tokens for _, out in answered)
+    refused = [out for out in outcomes if out.status in NO_ROOM]
     return Report(
         requests=len(jobs),
         models=len({job.model for job in jobs}),
@@ -219,6 +225,9 @@ def judge(
         first_token_ms=quantiles([out.first - out.asked for _, out in answered if out.first is not None]),
         token_ms=quantiles([out.token_seconds for _, out in answered if out.token_seconds is not None]),
         whole_ms=quantiles([out.ended - out.asked for _, out in answered]),
+        refused=len(refused),
+        refused_without_retry_after=sum(out.retry_after is None for out in refused),
+        refused_ms=quantiles([out.ended - out.asked for out in refused]),
         requests_per_second=len(answered) / seconds,
         tokens_per_second=tokens / seconds,
         goodput_requests_per_second=len(good) / seconds,

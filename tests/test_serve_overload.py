@@ -1,0 +1,100 @@
+"""R5 over HTTP: a server in a process of its own under ten times what it can do.
+
+The queue stays within its cap, memory stays flat, whoever is refused is told when to come again, whoever was accepted
+is answered, and what is answered in a second stays near what it was without the crowd. How fast a refusal comes in
+milliseconds is for the bench (bench/overload.py): a test shares its cores.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bitloft.options import LoadOptions
+from bitloft.quantize import quantize
+from bitloft.serve.client import Target, get
+from bitloft.serve.load import Report, load
+from tests.helpers import make_adapter, tiny_llama
+from tests.serving import process
+
+QUEUE, ROWS = 24, 2
+ANSWER = 64  # tokens
+FLAGS = ("--max-queue", str(QUEUE), "--max-batch", str(ROWS), "--adapter-share", "1.0")
+
+
+def resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def watched(pid: int, url: str) -> Iterator[list[tuple[int, int]]]:
+    """(resident bytes, requests that wait), four times a second."""
+    seen: list[tuple[int, int]] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.25):
+            _, ready = asyncio.run(get(Target.parse(url), "/health/ready"))
+            seen.append((resident(pid), int(ready["waiting"])))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with two adapters beside it. Its steps take milliseconds: with a smaller one a server does nothing but
+    HTTP, and ten times of that is more than a client can send."""
+    place = tmp_path_factory.mktemp("overload")
+    quantize(tiny_llama(place / "model", hidden=256, layers=6), place / "base", format="lm2:64", solver="qlora")
+    for seed in (1, 2):
+        make_adapter(place / "adapters" / f"a{seed}", seed=seed, base=place / "base")
+    return place / "base"
+
+
+def flood(base: Path, seconds: float) -> tuple[Report, Report, list[tuple[int, int]]]:
+    """Reports of a calm run and of the flood, and what was seen of the process while the flood went on."""
+    with process(base, base.parent / "adapters", *FLAGS) as (server, url):
+        calm = load(url, LoadOptions(requests=30, clients=ROWS, max_tokens=ANSWER, check=False))
+        rate = 10 * calm.requests_per_second
+        crowd = LoadOptions(requests=int(rate * seconds), rate=rate, max_tokens=ANSWER, check=False)
+        load(url, LoadOptions(requests=int(rate * 2), rate=rate, max_tokens=ANSWER, check=False))  # what is kept once
+        with watched(server.pid, url) as seen:
+            return calm, load(url, crowd), seen
+
+
+def check(calm: Report, crowd: Report, seen: list[tuple[int, int]]) -> None:
+    assert calm.errors == {}
+    assert set(crowd.errors) == {"queue_full"}  # those who were taken were answered
+    assert crowd.answered + crowd.refused == crowd.requests
+    assert crowd.refused > 3 * crowd.answered
+    assert crowd.refused_without_retry_after == 0
+    assert max(waiting for _, waiting in seen) <= QUEUE
+    assert min(waiting for _, waiting in seen[2:-4]) > 0  # else nobody had to wait, and nothing was tried
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_crowd_is_refused_and_the_others_are_answered(base: Path) -> None:
+    calm, crowd, seen = flood(base, 5)
+    check(calm, crowd, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_minute_of_overload_leaves_memory_and_goodput_where_they_were(base: Path) -> None:
+    calm, crowd, seen = flood(base, 60)
+    check(calm, crowd, seen)
+    memory = [used for used, _ in seen]
+    assert max(memory) <= 1.05 * memory[0]
+    assert crowd.requests_per_second >= 0.8 * calm.requests_per_second
