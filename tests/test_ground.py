@@ -139,7 +139,7 @@ def test_bulk_runs_say_it_in_the_row(world: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_weighing_counts_errors_by_the_loss_of_the_data(world: dict[str, Path], tmp_path: Path) -> None:
-    given = {"bits": 3.0, "refine": False}
+    given: dict[str, Any] = {"bits": 3.0, "refine": False}
     weighed = compress(world["adapter"], tmp_path / "w", base=world["base"], data=world["rows"], weigh=2, **given)
     found = second_moments(world["base"], world["rows"], rows=2, length=CompressOptions().length)
     same = compress(world["adapter"], tmp_path / "s", moments=found.inputs, gradients=found.outputs, **given)

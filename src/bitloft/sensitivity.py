@@ -106,5 +106,6 @@ def _watched(sums: Moments, name: str) -> Callable[..., None]:
 
 def _weighted(one: Float[Tensor, "tokens n"], other: Float[Tensor, "tokens m"]) -> Float[Tensor, "n n"]:
     """sum_t |other_t|^2 one_t one_t^T."""
-    weighted = one.float() * torch.linalg.vector_norm(other.float(), dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(other.float(), dim=1, keepdim=True)
+    weighted = one.float() * norms
     return weighted.T @ weighted
