@@ -75,6 +75,28 @@ def test_requests_join_a_running_batch(world: World) -> None:
     assert [text for text, _ in run(one_after_the_other())] == expected
 
 
+def test_the_scheduler_is_changed_under_the_lock_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step runs beside those who submit: what it says of tokens and ends must not meet what they add halfway."""
+    engine, outside = world.engine, list[str]()
+    for name in ("add", "take", "wrote", "ended", "drop"):
+        plain = getattr(engine._scheduler, name)
+
+        def watched(*args: Any, plain: Callable[..., Any] = plain, name: str = name) -> Any:
+            if not engine._wake._is_owned():  # type: ignore[attr-defined]
+                outside.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(engine._scheduler, name, watched)
+
+    async def several() -> None:
+        asked = [engine.submit(world.encode(PROMPTS[0]), name, Sampling(3)) for name in NAMES]
+        await asyncio.gather(*(request.collect() for request in asked))
+        await until(lambda: engine.idle)
+
+    run(several())
+    assert not outside
+
+
 def test_more_requests_than_rows(world: World) -> None:
     prompt = world.encode(PROMPTS[0])
     expected = [world.alone(prompt, name, 4 + i) for i, name in enumerate(NAMES)]

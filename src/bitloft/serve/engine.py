@@ -71,7 +71,7 @@ class Engine(Worker):
         self._scheduler = Scheduler(most=options.max_queue, share=options.adapter_share, max_wait=options.max_wait)
         self._running = Running(
             self.backend, tokenizer, _eos(model, tokenizer), options.step_tokens, self._quarantine,
-            wrote=self._scheduler.wrote, ended=self._ended,
+            wrote=self._wrote, ended=self._ended,
         )  # fmt: skip
         self._step_seconds = 0.0
         self._restarts = 0
@@ -250,8 +250,14 @@ class Engine(Worker):
     def _expired(self, requests: list[Request], seconds: float) -> list[Request]:
         return [r for r in requests if not r.ended and time.monotonic() - r.accepted > seconds]
 
+    # A step runs outside the lock while others submit: what it tells the scheduler must not meet theirs halfway.
+    def _wrote(self, request: Request) -> None:
+        with self._wake:
+            self._scheduler.wrote(request)
+
     def _ended(self, request: Request) -> None:
-        self._scheduler.ended(request)
+        with self._wake:
+            self._scheduler.ended(request)
         count = getattr(request.handle, "count", None)
         if count is not None:
             count(request.read, len(request.tokens))
