@@ -5,24 +5,18 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from bitloft.checkpoint import (
-    OWN_PAGES,
-    byte_vectors,
     copy_companions,
     fingerprint,
     ignored_pickles,
     read_header,
     read_json,
     read_manifest,
-    read_private,
     read_tensors,
     replace_tensors,
     sweep,
@@ -219,57 +213,3 @@ def test_replaced_tensors_are_the_old_or_the_new(tmp_path: Path, monkeypatch: py
     replace_tensors(file, {"a": torch.ones(3)}, {"held": "all"})
     assert torch.equal(read_tensors(file)["a"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
-
-
-def vectors(**tensors: Any) -> bytes:
-    return save({name: torch.tensor([*values], dtype=torch.uint8) for name, values in tensors.items()})
-
-
-def test_byte_vectors_are_views_of_their_memory() -> None:
-    raw = bytearray(vectors(a=range(16), b=[1, 2, 3], c=[]))
-    found = byte_vectors(raw, "file")
-    assert found is not None
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [*range(16)], "b": [1, 2, 3], "c": []}
-    raw[raw.index(bytes(range(16)))] = 7
-    assert found["a"][0] == 7
-    assert byte_vectors(bytearray(save({"a": torch.zeros(2)})), "file") is None
-    assert byte_vectors(bytearray(save({"a": torch.zeros(2, 2, dtype=torch.uint8)})), "file") is None
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (lambda raw: raw[:4], "its header does not fit"),
-        (lambda raw: raw[:-1], "another length than its header says"),
-        (lambda raw: raw + b"\0", "another length than its header says"),
-        (lambda raw: (1 << 40).to_bytes(8, "little") + raw[8:], "its header does not fit"),
-        (lambda raw: raw.replace(b"[0,16]", b"[1,16]"), "overlap or leave a gap"),
-        (lambda raw: raw.replace(b"[0,16]", b"[0,99]"), "overlap or leave a gap"),
-        (lambda raw: raw.replace(b"data_offsets", b"data_offsetz"), "data_offsets"),
-        (lambda raw: raw.replace(b'{"a"', b"[[[["), "not a valid safetensors file"),
-    ],
-)
-def test_bytes_that_are_no_such_file(change: Callable[[bytes], bytes], why: str) -> None:
-    raw = change(vectors(a=range(16), b=[1, 2, 3]))
-    with pytest.raises(CheckpointError, match=why):
-        byte_vectors(bytearray(raw), "file")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_large_files_have_pages_of_their_own_and_give_them_back(tmp_path: Path) -> None:
-    file, size, count = tmp_path / "a", 5 * OWN_PAGES + 3, 8
-    file.write_bytes(os.urandom(size))
-    before = resident()
-    held = [read_private(file) for _ in range(count)]
-    assert all(bytes(one) == file.read_bytes() for one in held)
-    assert resident() - before > 0.9 * size * count
-    view = torch.frombuffer(held[3], dtype=torch.uint8)[7:20]  # keeps its own pages and no others
-    held.clear()
-    assert resident() - before < 2 * size
-    assert bytes(view.tolist()) == file.read_bytes()[7:20]
-    file.write_bytes(b"small")
-    assert read_private(file) == bytearray(b"small")
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -72,6 +72,12 @@ def test_an_upload_that_broke_off_goes_on(
     with pytest.raises(CheckpointError, match=r"holds files and no manifest\.json, as a broken upload leaves it"):
         quantize(tiny_model, url, stage=tmp_path / "elsewhere", **SETTINGS)
     alive[0], before = 1000, list(sent)
+    memory.pipe_file("/bucket/base/letters.txt", b"somebody's")
+    with pytest.raises(CheckpointError, match=r"holds letters\.txt, which is not of this base"):
+        quantize(tiny_model, url, stage=tmp_path, resume=True, **SETTINGS)
+    assert sent == before
+    assert memory.cat_file("/bucket/base/letters.txt") == b"somebody's"
+    memory.rm_file("/bucket/base/letters.txt")
     report = quantize(tiny_model, url, stage=tmp_path, resume=True, **SETTINGS)
     assert report.resumed == 14
     assert not set(before) & set(sent[3:]) - {TIMES}  # which tells when

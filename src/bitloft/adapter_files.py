@@ -11,7 +11,6 @@ PEFT looks for, so PEFT fails on the directory instead of loading half of it.
 
 import hashlib
 import json
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from jaxtyping import UInt8
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bitloft.adapter_table import (
@@ -32,7 +32,7 @@ from bitloft.adapter_table import (
     scales_size,
     write_table,
 )
-from bitloft.checkpoint import MANIFEST, SCHEMA, byte_vectors, read_json, read_private
+from bitloft.checkpoint import MANIFEST, SCHEMA, read_json
 from bitloft.errors import AdapterError, CheckpointError
 from bitloft.packed import DTYPES, PackedTensor
 from bitloft.solvers.adapter import PackedBlock
@@ -167,7 +167,7 @@ def read_packed(directory: Path | str) -> PackedAdapter:
     Raises CheckpointError naming the file that is missing, damaged or changed, or what in it cannot be.
     """
     directory = Path(directory)
-    raw = bytes(_read(directory, MANIFEST))
+    raw = _read(directory, MANIFEST)
     manifest = _manifest(raw, directory)
     data = {name: _verified(directory, name, record) for name, record in manifest["files"].items()}
     payload, table = _tensors(data[PACKED_FILE], directory)
@@ -184,7 +184,7 @@ def read_packed(directory: Path | str) -> PackedAdapter:
         )
     return PackedAdapter(
         directory,
-        _parse(bytes(data[CONFIG_FILE]), directory / CONFIG_FILE),
+        _parse(data[CONFIG_FILE], directory / CONFIG_FILE),
         ModuleViews(payload, table, str(directory)),
         manifest["base"],
         manifest["source"],
@@ -209,10 +209,7 @@ def _self_sum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "self"})).hexdigest()
 
 
-Memory = bytearray | mmap.mmap
-
-
-def _read(directory: Path, name: str) -> Memory:
+def _read(directory: Path, name: str) -> bytes:
     file = directory / name
     try:
         if not file.is_file():
@@ -221,7 +218,7 @@ def _read(directory: Path, name: str) -> Memory:
             raise CheckpointError(
                 f"{file} has {file.stat().st_size} bytes; a packed adapter's stay under {SIZE_LIMIT}."
             )
-        return read_private(file)
+        return file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
 
@@ -259,16 +256,19 @@ def _manifest(raw: bytes, directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verified(directory: Path, name: str, record: object) -> Memory:
+def _verified(directory: Path, name: str, record: object) -> bytes:
     data = _read(directory, name)
     if record != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
         raise CheckpointError(f"{directory / name} differs from its manifest: it is damaged or was changed.")
     return data
 
 
-def _tensors(data: Memory, directory: Path) -> tuple[Tensor, bytes]:
-    tensors = byte_vectors(data, str(directory / PACKED_FILE))
-    if tensors is None or set(tensors) != {"payload", "table"}:
+def _tensors(data: bytes, directory: Path) -> tuple[Tensor, bytes]:
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory / PACKED_FILE} is not a valid safetensors file ({error}).") from error
+    if set(tensors) != {"payload", "table"} or any(t.dtype != torch.uint8 or t.ndim != 1 for t in tensors.values()):
         raise CheckpointError(f"{directory / PACKED_FILE} must hold two byte vectors, payload and table.")
     return tensors["payload"], tensors["table"].numpy().tobytes()
 

@@ -6,7 +6,6 @@ SIGBUS. Nothing here opens a pickle.
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,8 +25,6 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 HEADER_LIMIT = 32 << 20  # bytes of a safetensors header: ours take a few hundred per tensor
 JSON_LIMIT = 64 << 20
-OWN_PAGES = 1 << 20
-ALIGNED = 8  # bytes: what the widest view of a payload needs
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -144,53 +139,6 @@ def read_header(file: Path | str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has no readable safetensors header; it is truncated or damaged.")
     return header
-
-
-def read_private(file: Path) -> bytearray | mmap.mmap:
-    """A file's bytes in memory of their own.
-
-    From OWN_PAGES bytes on these are pages that nothing else is in, and that go back to the system with the last view
-    of them, as an allocator's heap need not. Raises OSError, and CheckpointError for a file that changes meanwhile.
-    """
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        memory = mmap.mmap(-1, size, flags=private) if size >= OWN_PAGES else bytearray(size)
-        if stream.readinto(memory) != size or stream.read(1):
-            raise CheckpointError(f"{file} changed while it was read.")
-    return memory
-
-
-def byte_vectors(memory: bytearray | mmap.mmap, where: str) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file in memory, views of it where they are aligned; None where one is not a vector
-    of uint8. Raises CheckpointError for bytes that are no such file: header and data must cover all of them, once."""
-    try:
-        length = int.from_bytes(memory[:8], "little")
-        if len(memory) < 8 or length > min(HEADER_LIMIT, len(memory) - 8):
-            raise ValueError("its header does not fit")
-        header = json.loads(bytes(memory[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        places = {name: [int(at) for at in record["data_offsets"]] for name, record in header.items()}
-        at = 0
-        for begin, end in sorted(places.values()):
-            if begin != at or end < begin:
-                raise ValueError("its tensors overlap or leave a gap")
-            at = end
-        if 8 + length + at != len(memory):
-            raise ValueError("it has another length than its header says")
-        sizes = {name: end - begin for name, (begin, end) in places.items()}
-        if any(header[name]["dtype"] != "U8" or header[name]["shape"] != [size] for name, size in sizes.items()):
-            return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not a valid safetensors file ({error}).") from error
-    return {name: _vector(memory, 8 + length + begin, end - begin) for name, (begin, end) in places.items()}
-
-
-def _vector(memory: bytearray | mmap.mmap, begin: int, size: int) -> UInt8[Tensor, " bytes"]:
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    found = torch.frombuffer(memory, dtype=torch.uint8, offset=begin, count=size)
-    return found if begin % ALIGNED == 0 else found.clone()
 
 
 def read_tensors(file: Path | str) -> dict[str, Tensor]:

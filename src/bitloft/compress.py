@@ -145,14 +145,14 @@ def _solved(
 ) -> tuple[Packing, list[PackedModule], list[str], Distilled | None]:
     """The packing with its modules, notes and distillation; the base is loaded only where one is given."""
     ground, mismatch, distilled = None, None, None
+    if options.weigh and metric.name:
+        raise OptionError("weigh measures what moments and gradients say; give one of them.")
     if _needs_base(options, base, data, trained_on):
         from bitloft.ground import Ground  # only here: it knows transformers, which take longer to load than to pack
 
         ground = Ground(Path(base or ""), None if data is None else Path(data), options)
         mismatch = ground.met(source, trained_on)
         if options.weigh:
-            if metric.name:
-                raise OptionError("weigh measures what moments and gradients say; give one of them.")
             metric = ground.metric(options.weigh)
     job = Packing(source, options, metric=metric, mismatch=mismatch, progress=progress)
     modules, notes = job.solve()

@@ -119,7 +119,7 @@ def _destination(
     if not is_url(out):
         return place, None
     check_place(out, overwrite=overwrite, resume=resume)
-    return place, lambda journal: upload(journal.directory, out, journal)
+    return place, lambda journal: upload(journal.directory, out, journal, overwrite=overwrite)
 
 
 def _finish(report: QuantizeReport, options: QuantizeOptions, made_of: str, name: str, directory: Path) -> None:

@@ -49,22 +49,25 @@ def check_place(url: str, *, overwrite: bool, resume: bool) -> None:
         storage.rm_file(probe)
 
 
-def upload(directory: Path, url: str, journal: Journal) -> None:
-    """Put every file of ``directory`` under ``url``, its manifest last, and remove what else is there.
+def upload(directory: Path, url: str, journal: Journal, *, overwrite: bool = False) -> None:
+    """Put every file of ``directory`` under ``url``, its manifest last; with ``overwrite`` remove what else is there.
 
-    Raises CheckpointError where storage refuses, or holds another length than was sent; what has arrived by then is
-    in the journal and not sent again.
+    Raises CheckpointError where something else is there and is to stay, where storage refuses, or holds another length
+    than was sent; what has arrived by then is in the journal and not sent again.
     """
     with telling(url, "write"):
         storage, root = storage_of(url)
         there = _names(storage, root)
+        files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+        others = sorted(there.keys() - files.keys())
+        if others and not overwrite:
+            raise CheckpointError(f"{url} holds {others[0]}, which is not of this base; choose another place.")
         if MANIFEST in there:  # no longer whole from here on
             storage.rm_file(f"{root}/{MANIFEST}")
-        files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
         for name, file in files.items():
             if name != MANIFEST:
                 _send(storage, file, f"{root}/{name}", journal, name, there.get(name))
-        for name in there.keys() - files.keys() - {MANIFEST}:
+        for name in others:
             storage.rm_file(f"{root}/{name}")
         found = _names(storage, root)
         for name, file in files.items():
