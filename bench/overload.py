@@ -26,6 +26,7 @@ from typing import Any
 
 import harness
 from served import adapters as made
+from served import arguments
 
 from bitloft.options import LoadOptions
 from bitloft.quantize import quantize
@@ -54,14 +55,8 @@ MODES = {
 
 
 def main() -> int:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--smollm2", type=Path, default=os.environ.get("BITLOFT_SMOLLM2"), help="folder of the model")
-    parser.add_argument("--work", type=Path, default=None, help="where base and adapters are kept (default: nowhere)")
-    given = parser.parse_args()
-    harness.begin(given)
+    given = arguments(__doc__)
     size = MODES[given.mode]
-    if given.mode != "smoke" and given.smollm2 is None:
-        parser.error("--smollm2 is needed (or BITLOFT_SMOLLM2)")
     with tempfile.TemporaryDirectory() as temporary:
         figures = measured(given, size, given.work or Path(temporary), Path(temporary))
     shape = {"adapters": size.adapters, "queue": size.queue, "rows": size.rows, "answer": size.answer,

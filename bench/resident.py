@@ -29,6 +29,7 @@ from typing import Any
 import harness
 import torch
 from served import adapters as made
+from served import arguments
 
 from bitloft.adapters import read_packed, serialize
 from bitloft.integrations.loading import base_record, load, load_tokenizer
@@ -51,14 +52,8 @@ ASKED = 40
 
 
 def main() -> int:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--smollm2", type=Path, default=os.environ.get("BITLOFT_SMOLLM2"), help="folder of the model")
-    parser.add_argument("--work", type=Path, default=None, help="where base and sources are kept (default: nowhere)")
-    given = parser.parse_args()
-    harness.begin(given)
+    given = arguments(__doc__)
     count, large, layers = MODES[given.mode]
-    if given.mode != "smoke" and given.smollm2 is None:
-        parser.error("--smollm2 is needed (or BITLOFT_SMOLLM2)")
     with tempfile.TemporaryDirectory() as temporary:
         place = given.work or Path(temporary)
         source = made.toy(place / "toy") if given.mode == "smoke" else given.smollm2

@@ -16,7 +16,6 @@ wrong_answers               answers under load that differ from the same request
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 import harness
 from served import adapters as made
-from served import peft_peer
+from served import arguments, peft_peer
 
 from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.modules.multi import AdapterBank
@@ -64,14 +63,8 @@ MODES = {
 
 
 def main() -> int:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--smollm2", type=Path, default=os.environ.get("BITLOFT_SMOLLM2"), help="folder of the model")
-    parser.add_argument("--work", type=Path, default=None, help="where base and adapters are kept (default: nowhere)")
-    given = parser.parse_args()
-    harness.begin(given)
+    given = arguments(__doc__)
     size = MODES[given.mode]
-    if given.mode != "smoke" and given.smollm2 is None:
-        parser.error("--smollm2 is needed (or BITLOFT_SMOLLM2)")
     with tempfile.TemporaryDirectory() as temporary:
         place = given.work or Path(temporary)
         figures = measured(given, size, place)
