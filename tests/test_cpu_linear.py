@@ -115,14 +115,29 @@ def test_one_row_of_float32_is_as_exact_as_float32(spelling: str) -> None:
     assert float(error) < 4e-3
 
 
+@pytest.mark.parametrize("spelling", ["sign:128", "lm2:64", "lm2:32", "uniform2:64", "lm2:row"])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_few_rows_of_few_bits_get_what_one_gets(spelling: str, dtype: torch.dtype) -> None:
+    """On AVX-512 sums of up to four rows are whole numbers, which no other row can change."""
+    if cpu.isa() != "avx512":
+        pytest.skip("other instruction sets add the products of one row in another order")
+    weight = plain.encode(torch.randn(300, 576), spelling)
+    for packed in (weight, cpu_linear.arrange(plain.encode(plain.decode(weight), spelling))):
+        x = (torch.randn(4, 576) * torch.logspace(-3, 3, 4)[:, None]).to(dtype)
+        alone = torch.cat([ops.packed_linear(row, packed) for row in x.split(1)])
+        for rows in (2, 3, 4):
+            assert torch.equal(ops.packed_linear(x[:rows], packed), alone[:rows])
+
+
 @pytest.mark.parametrize("spelling", ["sign:128", "lm2:64", "lm3:64", "nf4:64", "uniform2:64"])
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-def test_one_row_with_what_is_no_number(spelling: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_with_what_is_no_number(spelling: str, dtype: torch.dtype, rows: int) -> None:
     weight = plain.encode(torch.randn(70, 130), spelling)
     for value in (float("nan"), float("inf"), -float("inf")):
         for at in (0, 63, 129):
-            x = torch.randn(1, 130).to(dtype)
-            x[0, at] = value
+            x = torch.randn(rows, 130).to(dtype)
+            x[-1, at] = value
             found, expected = ops.packed_linear(x, weight), x.double() @ plain.decode(weight).double().T
             assert torch.equal(found.isfinite(), expected.isfinite())
 
@@ -136,7 +151,7 @@ def test_one_row_of_any_size() -> None:
         assert float((found - exact).abs().max() / exact.abs().max()) < (1e-2 if factor < 1e-35 else 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 3, 5])
 def test_nothing_depends_on_the_number_of_threads(rows: int) -> None:
     weight = plain.encode(torch.randn(300, 2048), "lm2:64")
     x = torch.randn(rows, 2048)

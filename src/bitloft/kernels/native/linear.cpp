@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
-constexpr int64_t FEW = 4;  // rows of the input that are looked up one by one where codes take 3 bits
+constexpr int64_t FEW = 4;  // rows of the input whose sums are looked up one by one where codes take 3 bits or fewer
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {
@@ -89,6 +89,13 @@ int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table
   return rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
 }
 
+// Whether a few rows that fit planes of bytes are multiplied by them: where that is sooner done than by pairs in bfloat16.
+bool by_bytes(int32_t bits, int64_t rows, int32_t dtype) {
+  if (bits < 3) return true;
+  if (bits == 3) return rows == 1 || dtype != BL_BF16;
+  return rows == 1 && dtype != BL_BF16;
+}
+
 // `tame`: the few rows of the call fit planes of bytes.
 Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table, bool tame) {
   const bl_matrix& m = *product.weight;
@@ -104,7 +111,7 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.neighbours = part.arranged && table.bytes && m.bits == 3;
   part.planes = (dtype == BL_BF16 ? 2 : 3) + (m.bits == 3 ? 1 : 0);
   if (flags & BL_INT8) part.input = Input::QUADS;
-  else if (tame && (m.bits == 3 || (rows == 1 && (m.bits < 3 || dtype != BL_BF16)))) part.input = Input::BYTES;
+  else if (tame && by_bytes(m.bits, rows, dtype)) part.input = Input::BYTES;
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
@@ -137,7 +144,7 @@ class Call {
       }
       part.x = bytes_, bytes_ += rows * part.x_bytes;
       part.sums = bytes_, bytes_ += up(rows * part.groups * 4, 64);
-      part.steps = bytes_, bytes_ += part.input == Input::BYTES ? up(part.pieces * 4, 64) : 0;
+      part.steps = bytes_, bytes_ += part.input == Input::BYTES ? up(rows * part.pieces * 4, 64) : 0;
     }
   }
 
@@ -207,7 +214,7 @@ class Call {
           .units = part.units,
           .levels = part.levels,
           .planes = part.planes,
-          .steps = reinterpret_cast<float*>(input + part.steps),
+          .steps = reinterpret_cast<float*>(input + part.steps) + row * part.pieces,
           .out = input + part.x + row * part.x_bytes,
           .sums = part.offsets ? reinterpret_cast<float*>(input + part.sums) + row * part.groups : nullptr,
           .groups = part.groups,
@@ -313,7 +320,7 @@ class Call {
 // Whether all rows fit planes of bytes; more than FEW of them are multiplied otherwise.
 bool tame(const Kernels& table, const bl_input& x) {
   const int64_t size = x.dtype == BL_F32 ? 4 : 2;
-  bool all = x.rows == 1 || (x.rows <= FEW && x.dtype != BL_BF16);
+  bool all = x.rows <= FEW;
   for (int64_t row = 0; row < x.rows && all; ++row)
     all = table.tame(static_cast<const char*>(x.values) + row * x.stride * size, x.columns, x.dtype);
   return all;

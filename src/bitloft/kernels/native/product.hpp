@@ -30,7 +30,7 @@ enum class Input {
   SINGLE,  // float32
   PAIRS,   // bfloat16
   SUMS,    // one row; 1 and 2 bits: for each four bits of codes the sixteen sums that they may stand for
-  BYTES,   // one row: such sums as whole numbers, their bytes in planes (product_bytes.cpp; 3 bits: product_sixes.cpp)
+  BYTES,   // few rows: such sums as whole numbers, their bytes in planes (product_bytes.cpp; 3 bits: product_sixes.cpp)
   QUADS,   // 8 bits, a scale for each row (product_bytes.cpp)
 };
 
@@ -43,7 +43,7 @@ struct Preparation {
   int64_t columns, units;
   const float* levels;  // for SUMS and BYTES
   int planes;           // for BYTES (not of 3 bits, which take the row in float32): 2 or 3 bytes for each sum
-  float* steps;         // for BYTES: what 1 stands for, one for each piece
+  float* steps;         // for BYTES: what 1 stands for, one for each piece of the row
   void* out;
   float* sums;  // of the values in each group, or nullptr
   int64_t groups, group_columns;
@@ -68,7 +68,7 @@ struct Product {
   const uint32_t* codes;
   int64_t beside, place; // of neighbours (three.hpp) how many there are and which one is the first block; else 1 and 0
   int planes;            // of BYTES; of 3 bits: 3 or 4 digits
-  const float* steps;    // of BYTES, but not of 3 bits
+  const float* steps;    // of BYTES, but not of 3 bits: [rows][pieces]
   const float* levels;   // 2**bits
   const float* scales;   // [groups][64], or nullptr where they are
   const uint16_t* halves;  // fp16 [groups][64], to be multiplied by

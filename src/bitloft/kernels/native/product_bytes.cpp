@@ -1,4 +1,4 @@
-// One row of input: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
+// A few rows of input: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
 //
 // A permute of bytes looks sixty-four of them up at once, four sums of each of sixteen rows, and a dot product with ones
 // adds the four. In float32 the same takes twice the instructions: each register holds sixteen sums, not sixty-four.
@@ -112,11 +112,70 @@ void prepare_bytes(const Preparation& p) {
     }
 }
 
+// Sums of `units` units for TOGETHER rows of the input, whose tables lie `apart` bytes from each other: an index is made once for
+// all of them.
+template <int BITS, int PLANES, int TOGETHER>
+struct Sums {
+  __m512i of[TOGETHER][PLANES][VECTORS];
+
+  BL_INLINE void add(const Index& index, const uint32_t* codes, const uint8_t* table, int64_t apart, int64_t units, bool fetch) {
+    constexpr int64_t WORDS = unit_words(BITS) * BLOCK;
+    const __m512i ones = _mm512_set1_epi8(1);
+#pragma GCC unroll 2
+    for (int r = 0; r < TOGETHER; ++r)
+#pragma GCC unroll 3
+      for (int k = 0; k < PLANES; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) of[r][k][v] = _mm512_setzero_si512();
+    for (int64_t u = units; u > 0; --u, codes += WORDS) {
+      if (fetch) {
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < STEPS; ++i, table += SPAN * PLANES) {
+        __m512i bytes[TOGETHER][PLANES];
+#pragma GCC unroll 2
+        for (int r = 0; r < TOGETHER; ++r)
+#pragma GCC unroll 3
+          for (int k = 0; k < PLANES; ++k) bytes[r][k] = _mm512_load_si512(table + r * apart + SPAN * k);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+          const __m512i chosen = index.of(codes + v * 16, i);
+#pragma GCC unroll 2
+          for (int r = 0; r < TOGETHER; ++r) {
+#pragma GCC unroll 2
+            for (int k = 0; k < PLANES - 1; ++k)
+              of[r][k][v] = _mm512_dpbusd_epi32(of[r][k][v], _mm512_permutexvar_epi8(chosen, bytes[r][k]), ones);
+            of[r][PLANES - 1][v] = _mm512_dpbusd_epi32(of[r][PLANES - 1][v], ones, _mm512_permutexvar_epi8(chosen, bytes[r][PLANES - 1]));
+          }
+        }
+      }
+    }
+  }
+
+  // The sums of sixteen lanes, times `scale` and added to `total`.
+  BL_INLINE __m512 scaled(int r, int v, __m512 scale, __m512 total) const {
+    __m512i sum = of[r][PLANES - 1][v];
+#pragma GCC unroll 2
+    for (int k = PLANES - 2; k >= 0; --k) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), of[r][k][v]);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, total);
+  }
+};
+
+BL_INLINE __m512 scales_at(const Product& p, int64_t at) {
+  return p.scales != nullptr ? _mm512_loadu_ps(p.scales + at) : load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)).v;
+}
+
+BL_INLINE void fetch_next(const Product& p, int64_t group) {
+  for (int64_t byte = 0; byte < p.next_bytes; byte += 64) _mm_prefetch(p.next + group * p.next_bytes + byte, _MM_HINT_T1);
+}
+
+// One row: its totals stay in registers.
 template <int BITS, int PLANES>
 void multiply_bytes(const Product& p) {
   constexpr int64_t most = PIECE / unit_columns(BITS), WORDS = unit_words(BITS) * BLOCK;
   const Index index;
-  const __m512i ones = _mm512_set1_epi8(1);
   const uint32_t* codes = p.codes;
   const uint8_t* table = static_cast<const uint8_t*>(p.x);
   const float* step = p.steps;
@@ -124,44 +183,54 @@ void multiply_bytes(const Product& p) {
   for (int v = 0; v < VECTORS; ++v) totals[v] = _mm512_loadu_ps(p.totals + v * 16);
   for (int64_t group = 0; group < p.groups; ++group) {
     for (int64_t left = p.group_units; left > 0; left -= most) {
-      __m512i sums[PLANES][VECTORS];
-#pragma GCC unroll 3
-      for (int k = 0; k < PLANES; ++k)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) sums[k][v] = _mm512_setzero_si512();
-      for (int64_t u = left < most ? left : most; u > 0; --u, codes += WORDS) {
-#pragma GCC unroll 12
-        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
-#pragma GCC unroll 2
-        for (int i = 0; i < STEPS; ++i, table += SPAN * PLANES) {
-          __m512i bytes[PLANES];
-#pragma GCC unroll 3
-          for (int k = 0; k < PLANES; ++k) bytes[k] = _mm512_load_si512(table + SPAN * k);
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) {
-            const __m512i chosen = index.of(codes + v * 16, i);
-#pragma GCC unroll 2
-            for (int k = 0; k < PLANES - 1; ++k)
-              sums[k][v] = _mm512_dpbusd_epi32(sums[k][v], _mm512_permutexvar_epi8(chosen, bytes[k]), ones);
-            sums[PLANES - 1][v] = _mm512_dpbusd_epi32(sums[PLANES - 1][v], ones, _mm512_permutexvar_epi8(chosen, bytes[PLANES - 1]));
-          }
-        }
-      }
-      const int64_t at = group * BLOCK;
+      const int64_t units = left < most ? left : most;
+      Sums<BITS, PLANES, 1> sums;
+      sums.add(index, codes, table, 0, units, true);
+      codes += units * WORDS, table += units * STEPS * SPAN * PLANES;
       const __m512 factor = _mm512_set1_ps(*step++ * p.unit);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
-        __m512i sum = sums[PLANES - 1][v];
-#pragma GCC unroll 2
-        for (int k = PLANES - 2; k >= 0; --k) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[k][v]);
-        const __m512 scale = p.scales != nullptr ? _mm512_loadu_ps(p.scales + at + v * 16)
-                                                 : load_halves(reinterpret_cast<const uint8_t*>(p.halves + at + v * 16)).v;
-        totals[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, factor), totals[v]);
-      }
+      for (int v = 0; v < VECTORS; ++v) totals[v] = sums.scaled(0, v, _mm512_mul_ps(scales_at(p, group * BLOCK + v * 16), factor), totals[v]);
     }
-    for (int64_t byte = 0; byte < p.next_bytes; byte += 64) _mm_prefetch(p.next + group * p.next_bytes + byte, _MM_HINT_T1);
+    fetch_next(p, group);
   }
   for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(p.totals + v * 16, totals[v]);
+}
+
+// One piece of TOGETHER rows, the first of them `row`.
+template <int BITS, int PLANES, int TOGETHER>
+BL_INLINE void multiply_piece(const Product& p, const Index& index, int64_t row, int64_t group, int64_t piece, int64_t pieces, int64_t unit, int64_t units) {
+  const int64_t apart = p.x_stride * 4;
+  Sums<BITS, PLANES, TOGETHER> sums;
+  sums.add(index, p.codes + unit * (unit_words(BITS) * BLOCK), static_cast<const uint8_t*>(p.x) + row * apart + unit * (STEPS * SPAN * PLANES), apart, units, row == 0);
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) {
+    const __m512 scale = scales_at(p, group * BLOCK + v * 16);
+#pragma GCC unroll 2
+    for (int r = 0; r < TOGETHER; ++r) {
+      float* total = p.totals + (row + r) * BLOCK + v * 16;
+      const __m512 factor = _mm512_set1_ps(p.steps[(row + r) * pieces + piece] * p.unit);
+      _mm512_storeu_ps(total, sums.scaled(r, v, _mm512_mul_ps(scale, factor), _mm512_loadu_ps(total)));
+    }
+  }
+}
+
+// Some rows, piece by piece: codes are read once from memory, and each row gets what it gets alone.
+template <int BITS, int PLANES>
+void multiply_bytes_of_rows(const Product& p) {
+  constexpr int64_t most = PIECE / unit_columns(BITS);
+  constexpr int TOGETHER = PLANES == 2 ? 2 : 1;  // as many as the registers hold
+  const Index index;
+  const int64_t pieces = p.groups * ((p.group_units + most - 1) / most);
+  int64_t piece = 0;
+  for (int64_t group = 0; group < p.groups; ++group) {
+    for (int64_t first = 0; first < p.group_units; first += most, ++piece) {
+      const int64_t left = p.group_units - first, units = left < most ? left : most, unit = group * p.group_units + first;
+      int64_t row = 0;
+      for (; row + TOGETHER <= p.rows; row += TOGETHER) multiply_piece<BITS, PLANES, TOGETHER>(p, index, row, group, piece, pieces, unit, units);
+      for (; row < p.rows; ++row) multiply_piece<BITS, PLANES, 1>(p, index, row, group, piece, pieces, unit, units);
+    }
+    fetch_next(p, group);
+  }
 }
 
 // ---- input in 8 bits --------------------------------------------------------------------------------------------------
@@ -338,6 +407,10 @@ void prepare_planes(const Preparation& p) {
 
 void by_bytes(const Product& p) {
   const bool two = p.planes == 2;
+  if (p.rows > 1) {
+    if (p.bits == 1) return two ? multiply_bytes_of_rows<1, 2>(p) : multiply_bytes_of_rows<1, 3>(p);
+    return two ? multiply_bytes_of_rows<2, 2>(p) : multiply_bytes_of_rows<2, 3>(p);  // other widths come one row at a time
+  }
   switch (p.bits) {
     case 1: return two ? multiply_bytes<1, 2>(p) : multiply_bytes<1, 3>(p);
     case 2: return two ? multiply_bytes<2, 2>(p) : multiply_bytes<2, 3>(p);
