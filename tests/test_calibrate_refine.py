@@ -1,6 +1,7 @@
 """Refining a finished base on a tiny model: the loss falls, what is stored was measured, kills leave no trace."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,28 @@ def test_the_loss_falls_and_the_base_holds_what_was_measured(
         weight = dense[f"{matrix.name}.weight"].float()
         error = (weight - layers[matrix.name].dense()).norm() / weight.norm()
         assert matrix.error_after == pytest.approx(float(error), rel=1e-5)
+
+
+def test_against_the_teacher_the_divergence_falls(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    found = made(tiny_model, tmp_path / "refined", text, refine_against="teacher").refined
+    assert found is not None
+    assert (found.kept, found.against) == (True, "teacher")
+    assert 0 < (found.after.next_token or 0) < (found.before.next_token or 0)
+
+
+def test_a_model_that_scales_its_logits_is_refused(
+    tiny_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_model / "config.json"
+    given = json.loads(config.read_text())
+    scaled = tmp_path / "scaled"
+    shutil.copytree(tiny_model, scaled)
+    (scaled / "config.json").write_text(json.dumps(given | {"logits_scaling": 8.0}))
+    with pytest.raises(OptionError, match="refine_against is teacher, and scaled scales what its head says"):
+        made(scaled, tmp_path / "out", text, refine_against="teacher")
+    with pytest.raises(OptionError, match="unknown refine_against 'labels'; use one of text, teacher"):
+        made(tiny_model, tmp_path / "out", text, refine_against="labels")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -100,6 +100,20 @@ def test_what_the_figures_need_comes_first() -> None:
     assert {way.method for way in plan.ways("full")} >= {"sign", "rtn", "gptq", "pb_llm", "billm", "truncate 8"}
 
 
+def test_a_refined_base_is_made_as_in_quality_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, work, decoder = part("plan"), part("work"), part("decoder")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(work, "quantize", lambda source, out, **how: asked.update(how))
+    monkeypatch.setattr(decoder, "text_files", lambda place, shared: {"wikitext2": {"train": tmp_path / "text"}})
+    family = decoder.Decoder(tmp_path, tmp_path, tmp_path / "model")
+    made = work.Work(tmp_path, filled(tmp_path / "c.jsonl"), lambda task: family)
+    out = made.base(plan.Setting("lm2:64+refine", "gsm8k", 16, 0, plan.TOY))
+    assert out == tmp_path / "bases" / "model-lm2_64+refine"
+    base_plan = importlib.import_module("base_grid.plan")
+    row = next(row for row in base_plan.ROWS if row.name == base_plan.OURS)
+    assert asked == {"format": row.formats[2.25], "calibrate": str(tmp_path / "text"), **row.settings}
+
+
 def test_cells_of_another_effort_are_other_cells() -> None:
     plan = part("plan")
     one = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.FULL)

@@ -152,6 +152,19 @@ def test_gradient_equals_that_of_cross_entropy(chunk: int, monkeypatch: pytest.M
     torch.testing.assert_close(found, expected)
 
 
+def test_divergences_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "CHUNK", 40)  # two rows at a time
+    logits, wanted = torch.randn(7, 20, requires_grad=True), torch.randn(7, 20)
+    weights = torch.rand(7)
+    found = lm.divergences(logits, wanted)
+    pair = logits.log_softmax(1), wanted.log_softmax(1)
+    expected = torch.nn.functional.kl_div(*pair, log_target=True, reduction="none").sum(1)
+    torch.testing.assert_close(found, expected)
+    (mine,) = torch.autograd.grad(found @ weights, logits)
+    (theirs,) = torch.autograd.grad(expected @ weights, logits)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_only_needed_positions_reach_the_head(model: LlamaForCausalLM) -> None:
     seen = []
     handle = model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))

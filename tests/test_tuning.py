@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from bitloft.calibrate import tuning
@@ -38,6 +38,27 @@ def test_the_terms_follow_their_definitions(tiny_model: Path) -> None:
     assert float(error) == pytest.approx(float(wanted))
     losses = student.measure([data(0), data(1)])
     assert losses.total == pytest.approx(0.5 * (losses.next_token or 0) + 0.5 * losses.hidden)
+
+
+def test_against_the_teacher_the_first_term_is_a_divergence_from_its_guess(tiny_model: Path) -> None:
+    student, (ids, target) = student_of(tiny_model), data(0)
+    student.against = "teacher"
+    nats, error = student.terms(ids, target)
+    assert nats is not None
+    head = student.model.get_output_embeddings()
+    guesses = (student.model(input_ids=ids).logits, head(target))
+    mine, wanted = (guess.flatten(0, 1).log_softmax(-1) for guess in guesses)
+    expected = kl_div(mine, wanted, log_target=True, reduction="batchmean")
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-5)
+    with torch.no_grad():
+        hidden = student.model.base_model(input_ids=ids)[0]
+        nothing = student.measure([(ids, hidden)])
+    assert (nothing.next_token, nothing.hidden) == pytest.approx((0, 0), abs=1e-6)
+    nats.backward()
+    slope = student.tuned["model.layers.0.mlp.down_proj.weight"][0].grad
+    assert slope is not None
+    assert float(slope.norm()) > 0
+    assert error.requires_grad
 
 
 def test_an_encoder_has_hidden_states_alone() -> None:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from adapter_grid.plan import Setting
 from adapter_grid.tasks import rows_of
+from base_grid.plan import REFINE, SHARED_RANK
+from base_grid.tasks import text_files
 from bitloft.evaluate import evaluate
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears, replace_module
@@ -75,6 +77,11 @@ class Decoder:
     def moments(self, base: Path, setting: Setting) -> Moments:
         """The metric of the base on the first training rows."""
         return second_moments(self.model(base), self.data(setting.task, "train"), length=setting.effort.length)
+
+    def refined(self) -> dict[str, Any]:
+        """How a refined base is made: as in the row "+refine" of bench/quality_base.py, on WikiText-2."""
+        text = text_files(self.directory, self.shared)["wikitext2"]["train"]
+        return {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE, "calibrate": str(text)}
 
     def model(self, base: Path) -> PreTrainedModel:
         if self._opened is None or self._opened[0] != base:

@@ -12,7 +12,9 @@ Key = dict[str, Any]
 SIZES = (0.5, 0.8, 0.3, 0.2, 1.2, 1.85, 2.8)
 TASKS = ("gsm8k", "reference", "mbpp", "humaneval", "xsum")
 ENCODER_TASKS = ("sst2", "mrpc")
-BASES = ("nf4:64", "lm2:64")
+REFINED = "+refine"  # behind a format: calibrated with a start of rank 64 that was refined, the best base of two bits
+BASES = ("nf4:64", "lm2:64" + REFINED)
+ENCODER_BASES = ("nf4:64", "lm2:64")
 STARTED = ("lm2:64", "lm3:64", "lm4:64")  # where a frozen and a trained start are compared
 RANK = 16
 OURS, THEIRS, PLAIN = "waterfill", "loraquant 2@0.8", "waterfill blind"
@@ -97,7 +99,7 @@ def settings(mode: str, bases: Sequence[str]) -> list[Setting]:
         return [Setting("nf4:64", "gsm8k", RANK, 0, FULL)]
     first = [Setting(base, "gsm8k", RANK, seed, FULL) for base in bases for seed in range(3)]
     starts = [Setting(base, "gsm8k", RANK, 0, FULL, start) for base in STARTED for start in ("frozen", "trainable")]
-    encoders = [Setting(base, task, RANK, 0, FULL) for task in ENCODER_TASKS for base in BASES]
+    encoders = [Setting(base, task, RANK, 0, FULL) for task in ENCODER_TASKS for base in ENCODER_BASES]
     tasks = [Setting(base, task, RANK, seed, FULL) for task in TASKS for base in bases for seed in range(3)]
     ranks = [Setting(base, task, rank, 0, FULL) for rank in (8, 64) for task in TASKS for base in bases]
     return list(dict.fromkeys([*first, *starts, *encoders, *tasks, *ranks]))

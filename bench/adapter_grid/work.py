@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import harness
 
 from adapter_grid.loose import LOOSE, joint, loose
-from adapter_grid.plan import BOTH, JOINT, Setting, Way
+from adapter_grid.plan import BOTH, JOINT, REFINED, Setting, Way
 from bitloft.adapters import read_adapter
 from bitloft.compress import compress
 from bitloft.errors import OptionError
@@ -31,6 +31,7 @@ class Family(Protocol):
     def train(self, base: Path, setting: Setting, out: Path) -> None: ...
     def loss(self, base: Path, setting: Setting, adapter: Path | None) -> dict[str, Any]: ...
     def moments(self, base: Path, setting: Setting) -> Moments: ...
+    def refined(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Work:
         out = self.directory / "bases" / f"{source.name}-{setting.base.replace(':', '_')}"
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            quantize(source, out, format=setting.base, rank=self.start_rank)
+            fmt = setting.base.removesuffix(REFINED)
+            how = {"rank": self.start_rank} if fmt == setting.base else self.family(setting.task).refined()
+            quantize(source, out, format=fmt, **how)
         return out
 
     def adapter(self, setting: Setting) -> Path:

@@ -70,6 +70,7 @@ ABLATIONS = (
     Row("calibrated, projection", LM, CALIBRATED | {"variant": "projection"}, "start"),
     Row("calibrated, split", LM, CALIBRATED | {"split": "auto"}, "start"),
     Row("+refine, 8-bit start", LM, SHARED | {"rank": SHARED_RANK // 2, "start_format": "int8:row"}),
+    Row("+refine, teacher", LM, SHARED | {"refine_against": "teacher"}),
     Row("+refine with scales", LM, SHARED | {"refine_parts": ("start", "scales")}),
     Row("+refine with norms", LM, SHARED | {"refine_parts": ("start", "norms")}),
 )

@@ -48,7 +48,8 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class RefineReport:
     """What refining did: losses on held-out sequences ``before`` and ``after``, both as stored. ``kept`` is False where
-    they did not fall and everything stayed as it was. ``teacher`` says what of the 16-bit model was in memory."""
+    they did not fall and everything stayed as it was. ``teacher`` says what of the 16-bit model was in memory,
+    ``against`` what next tokens were compared with."""
 
     steps: int
     sequences: int
@@ -59,6 +60,7 @@ class RefineReport:
     after: Losses
     kept: bool
     teacher: str
+    against: str = "text"  # the only one there was, in reports that do not say
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "RefineReport":
@@ -82,8 +84,8 @@ def refine(
 ) -> Refined:
     """Tune the base in ``directory``, made of ``source`` by ``plan``; nothing in ``directory`` is written.
 
-    ``options`` give ``refine`` (steps), ``refine_rate``, ``refine_parts``, ``calibrate`` (the text) and ``seed``;
-    ``work`` holds what a resumed run goes on from. Raises OptionError for a model that cannot be refined, DataError
+    ``options`` give ``refine`` (steps), ``refine_rate``, ``refine_against``, ``refine_parts``, ``calibrate`` (the text)
+    and ``seed``; ``work`` holds what a resumed run goes on from. Raises OptionError for a model that cannot be refined, DataError
     for a text that is too short.
     """
     work.mkdir(exist_ok=True)
@@ -92,8 +94,8 @@ def refine(
     model = load(directory, arrange=False)  # scales are replaced below, in the stored order
     precision = choose_precision("auto", model.device)
     held = [teacher.batch(range(i, i + BATCH)) for i in range(0, HELD, BATCH)]
-    before = Student(model, {}, precision).measure(held)
-    student = Student(model, _tuned(model, options), precision)
+    before = Student(model, {}, precision, options.refine_against).measure(held)
+    student = Student(model, _tuned(model, options), precision, options.refine_against)
     order = _order(len(ids), options)
     tune(
         student,
@@ -116,6 +118,7 @@ def refine(
         after=after if kept else before,
         kept=kept,
         teacher=teacher.held,
+        against=options.refine_against,
     )
     return Refined(changed, _errors(plan, student.model), report) if kept else Refined({}, {}, report)
 
@@ -130,6 +133,11 @@ def sequences(source: Source, plan: Plan, options: QuantizeOptions) -> Int[Tenso
         raise OptionError("refine needs a text and a model with a tokenizer; give calibrate, or leave refine out.")
     if plan.skeleton.model.config.is_encoder_decoder:
         raise OptionError(f"refine takes decoders and encoders; {source.name} is both at once. Leave refine out.")
+    config, scaled = plan.skeleton.model.config, ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    if options.refine_against == "teacher" and any(getattr(config, name, None) not in (None, 1.0) for name in scaled):
+        raise OptionError(
+            f"refine_against is teacher, and {source.name} scales what its head says, which is not built; use text."
+        )
     started = any(matrix.start_rank for matrix in plan.quantizer.plans.values())
     if not started and set(options.refine_parts) == {"start"}:
         raise OptionError("refine has nothing to tune: this base has no start (rank 0) and refine_parts no other part.")

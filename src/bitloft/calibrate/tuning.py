@@ -1,9 +1,10 @@
 """The steps of ``refine``: AdamW on what is tuned, against the teacher's last hidden states and the next token.
 
-    loss = (1 - w) * cross entropy + w * mean over tokens of |h - t|^2 / |t|^2
+    loss = (1 - w) * next token + w * mean over tokens of |h - t|^2 / |t|^2
 
-h, t: last hidden states (after the final norm) of the packed and of the full-precision model. A model without a
-next-token head has the second term alone. The state of a run (values, moments, step) is one safetensors file, replaced
+h, t: last hidden states (after the final norm) of the packed and of the full-precision model. The first term is the
+cross entropy with the text (``against`` text) or the divergence KL(teacher || student) of what the head makes of t and
+of h (``against`` teacher). A model without a next-token head has the second term alone. The state of a run (values, moments, step) is one safetensors file, replaced
 whole, so that a killed run goes on and ends with the same bytes.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from bitloft.checkpoint import read_tensors, replace_tensors
 from bitloft.errors import CheckpointError
-from bitloft.tasks.lm import target_losses
+from bitloft.tasks.lm import divergences, target_losses
 from bitloft.tasks.precision import Precision
 
 HIDDEN_SHARE = 0.5  # RILQ (arXiv 2412.01129) weighs the two losses alike
@@ -31,7 +32,8 @@ LEAST_GRADIENT = 1e-12  # what AdamW divides by at least: one code of millions h
 
 @dataclass(frozen=True)
 class Losses:
-    """Cross entropy in nats per token (None without a head) and relative squared error of the last hidden states."""
+    """Nats per token against the text or the teacher (None without a head) and relative squared error of the last
+    hidden states."""
 
     next_token: float | None
     hidden: float
@@ -49,11 +51,13 @@ def mixed(entropy: Any, error: Any) -> Any:
 
 @dataclass
 class Student:
-    """A transformers model with what is tuned of it: trainable tensors by name, each with its share of the rate."""
+    """A transformers model with what is tuned of it: trainable tensors by name, each with its share of the rate.
+    ``against``: text or teacher, which its next tokens are compared with."""
 
     model: Any
     tuned: dict[str, tuple[nn.Parameter, float]]
     precision: Precision
+    against: str = "text"
 
     def terms(
         self, ids: Int[Tensor, "batch length"], target: Float[Tensor, "batch length width"]
@@ -63,23 +67,29 @@ class Student:
         handle = self.model.base_model.register_forward_hook(lambda m, args, out: caught.append(out[0]))
         try:
             with self.precision.autocast(ids.device):
-                if self.model.get_output_embeddings() is None:
-                    self.model.base_model(input_ids=ids)
-                    entropy = None
+                head = self.model.get_output_embeddings()
+                if head is not None and self.against == "text":
+                    nats = target_losses(self.model, {"input_ids": ids, "labels": ids})[0].mean()
                 else:
-                    entropy = target_losses(self.model, {"input_ids": ids, "labels": ids})[0].mean()
+                    self.model.base_model(input_ids=ids)
+                    nats = None if head is None else self._divergence(head, caught[0], target)
         finally:
             handle.remove()
         wanted, found = target.float(), caught[0].float()
         error = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
-        return entropy, error.mean()
+        return nats, error.mean()
+
+    def _divergence(self, head: nn.Module, found: Tensor, wanted: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = head(wanted.to(found.dtype))
+        return divergences(head(found).flatten(0, 1), teacher.flatten(0, 1)).mean()
 
     @torch.no_grad()
     def measure(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Losses:
         """Means over batches of equal size."""
         found = [self.terms(ids, target) for ids, target in batches]
-        entropies = [float(entropy) for entropy, _ in found if entropy is not None]
-        return Losses(_mean(entropies) if entropies else None, _mean([float(error) for _, error in found]))
+        nats = [float(first) for first, _ in found if first is not None]
+        return Losses(_mean(nats) if nats else None, _mean([float(error) for _, error in found]))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ SOLVERS = ("loftq", "calibrated", "qlora", "qalora")
 METRICS = ("full", "diagonal", "none")
 FEEDBACK = ("forward", "reverse", "activation", "none")
 VARIANTS = ("residual", "projection")
+AGAINST = ("text", "teacher")  # what refine compares next tokens with
 PARTS = ("start", "scales", "norms", "codes")  # that refine can tune
 
 
@@ -64,6 +65,9 @@ class QuantizeOptions:
     rotate: bool = option(False, "rotate the inputs of every linear layer (randomized Hadamard), at run time")
     refine: int = option(0, "steps that tune the start of the finished base against the 16-bit model, on calibrate")
     refine_rate: float = option(1e-3, "peak learning rate of refine, relative to scales and norms")
+    refine_against: str = option(
+        "text", "what refine compares next tokens with: the text, or the teacher (the 16-bit model's own guess)"
+    )
     refine_parts: tuple[str, ...] = option(
         ("start",), "what refine tunes: start, scales, norms, codes; repeat for more"
     )
@@ -130,6 +134,7 @@ class QuantizeOptions:
         require(self.refine >= 0, f"refine is {self.refine}; use 0 (none) or more steps.")
         require(not self.refine or self.calibrate is not None, "refine tunes on a text; give calibrate too.")
         require_positive(self, "refine_rate")
+        require_choices(refine_against=(self.refine_against, AGAINST))
         for part in self.refine_parts:
             require_choices(refine_parts=(part, PARTS))
 

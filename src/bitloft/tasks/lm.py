@@ -232,6 +232,38 @@ class _TokenLosses(torch.autograd.Function):
         return out, None
 
 
+def divergences(
+    logits: Float[Tensor, "rows vocabulary"], wanted: Float[Tensor, "rows vocabulary"]
+) -> Float[Tensor, " rows"]:
+    """KL(softmax(wanted) || softmax(logits)) of every row in nats, float32; differentiable in ``logits`` alone."""
+    losses: Tensor = _Divergences.apply(logits, wanted.detach())  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Divergences(torch.autograd.Function):
+    """Both softmaxes in float32 a few rows at a time, as in ``_TokenLosses``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "rows vocabulary"], wanted: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, " rows"]:
+        ctx.save_for_backward(logits, wanted)
+        found = []
+        for one, other in zip(logits.split(_step(logits)), wanted.split(_step(logits)), strict=True):
+            target = other.float().log_softmax(dim=1)
+            found.append((target.exp() * (target - one.float().log_softmax(dim=1))).sum(dim=1))
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Float[Tensor, " rows"]) -> tuple[Float[Tensor, "rows vocabulary"], None]:
+        logits, wanted = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        pieces = (tensor.split(_step(logits)) for tensor in (out, logits, wanted, grad))
+        for to, one, other, slope in zip(*pieces, strict=True):
+            to.copy_((one.float().softmax(dim=1) - other.float().softmax(dim=1)) * slope.unsqueeze(1))
+        return out, None
+
+
 def _step(logits: Tensor) -> int:
     return max(CHUNK // max(logits.shape[1], 1), 1)
 
