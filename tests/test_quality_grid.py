@@ -110,7 +110,7 @@ def test_a_refined_base_is_made_as_in_quality_base(tmp_path: Path, monkeypatch: 
     out = made.base(plan.Setting("lm2:64+refine", "gsm8k", 16, 0, plan.TOY))
     assert out == tmp_path / "bases" / "model-lm2_64+refine"
     base_plan = importlib.import_module("base_grid.plan")
-    row = next(row for row in base_plan.ROWS if row.name == base_plan.OURS)
+    row = next(row for row in base_plan.ABLATIONS if row.name == "+refine")
     assert asked == {"format": row.formats[2.25], "calibrate": str(tmp_path / "text"), **row.settings}
 
 

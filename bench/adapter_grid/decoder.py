@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from base_grid.plan import REFINE, SHARED_RANK
+from base_grid.tasks import text_files
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapter_grid.plan import Setting
 from adapter_grid.tasks import rows_of
-from base_grid.plan import REFINE, SHARED_RANK
-from base_grid.tasks import text_files
 from bitloft.evaluate import evaluate
 from bitloft.integrations.loading import load
 from bitloft.modules.linear import quant_linears, replace_module

@@ -46,13 +46,13 @@ class Row:
 LORA16, PUBLISHED, AUTOROUND = "16-bit LoRA", "LoftQ nf", "AutoRound"  # a peer's format is its bits, group 64
 CALIBRATED: dict[str, Any] = {"solver": "calibrated", "rank": RANK}
 SHARED: dict[str, Any] = {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE}
-OURS = "+refine"
+OURS = "+refine, teacher"
 
 ROWS = (
     Row(LORA16, maker="none"),
     Row(PUBLISHED, NF, {"solver": "loftq", "rank": RANK}, "start"),
     Row("calibrated", LM, CALIBRATED, "start"),
-    Row(OURS, LM, SHARED),
+    Row(OURS, LM, SHARED | {"refine_against": "teacher"}),
     Row("LoftQ lm", LM, {"solver": "loftq", "rank": RANK}, "start"),
     Row(AUTOROUND, {2.25: "2", 3.25: "3", 4.25: "4"}, maker="autoround"),
     Row("LoftQ uniform:tensor", TENSOR, {"solver": "loftq", "rank": RANK}, "start"),
@@ -61,6 +61,7 @@ ROWS = (
 )
 # each ingredient alone, and everything but it
 ABLATIONS = (
+    Row("+refine", LM, SHARED),
     Row("refine alone", LM, SHARED | {"solver": "loftq"}),
     Row("calibrated r64", LM, CALIBRATED | {"rank": SHARED_RANK}),
     Row("calibrated, no feedback", LM, CALIBRATED | {"feedback": "none"}, "start"),
@@ -70,7 +71,6 @@ ABLATIONS = (
     Row("calibrated, projection", LM, CALIBRATED | {"variant": "projection"}, "start"),
     Row("calibrated, split", LM, CALIBRATED | {"split": "auto"}, "start"),
     Row("+refine, 8-bit start", LM, SHARED | {"rank": SHARED_RANK // 2, "start_format": "int8:row"}),
-    Row("+refine, teacher", LM, SHARED | {"refine_against": "teacher"}),
     Row("+refine with scales", LM, SHARED | {"refine_parts": ("start", "scales")}),
     Row("+refine with norms", LM, SHARED | {"refine_parts": ("start", "norms")}),
 )

@@ -85,8 +85,8 @@ def refine(
     """Tune the base in ``directory``, made of ``source`` by ``plan``; nothing in ``directory`` is written.
 
     ``options`` give ``refine`` (steps), ``refine_rate``, ``refine_against``, ``refine_parts``, ``calibrate`` (the text)
-    and ``seed``; ``work`` holds what a resumed run goes on from. Raises OptionError for a model that cannot be refined, DataError
-    for a text that is too short.
+    and ``seed``; ``work`` holds what a resumed run goes on from. Raises OptionError for a model that cannot be refined,
+    DataError for a text that is too short.
     """
     work.mkdir(exist_ok=True)
     ids = sequences(source, plan, options)

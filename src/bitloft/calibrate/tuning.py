@@ -4,8 +4,10 @@
 
 h, t: last hidden states (after the final norm) of the packed and of the full-precision model. The first term is the
 cross entropy with the text (``against`` text) or the divergence KL(teacher || student) of what the head makes of t and
-of h (``against`` teacher). A model without a next-token head has the second term alone. The state of a run (values, moments, step) is one safetensors file, replaced
-whole, so that a killed run goes on and ends with the same bytes.
+of h (``against`` teacher). A model without a next-token head has the second term alone.
+
+The state of a run (values, moments, step) is one safetensors file, replaced whole, so that a killed run goes on and
+ends with the same bytes.
 """
 
 import math
@@ -67,12 +69,13 @@ class Student:
         handle = self.model.base_model.register_forward_hook(lambda m, args, out: caught.append(out[0]))
         try:
             with self.precision.autocast(ids.device):
-                head = self.model.get_output_embeddings()
+                head, nats = self.model.get_output_embeddings(), None
                 if head is not None and self.against == "text":
                     nats = target_losses(self.model, {"input_ids": ids, "labels": ids})[0].mean()
                 else:
                     self.model.base_model(input_ids=ids)
-                    nats = None if head is None else self._divergence(head, caught[0], target)
+                    if head is not None:
+                        nats = self._divergence(head, caught[0], target)
         finally:
             handle.remove()
         wanted, found = target.float(), caught[0].float()
