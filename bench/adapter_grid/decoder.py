@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from base_grid.plan import REFINE, SHARED_RANK
+from base_grid.plan import SHARED
 from base_grid.tasks import text_files
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ class Decoder:
     def refined(self) -> dict[str, Any]:
         """How a refined base is made: as in the row "+refine" of bench/quality_base.py, on WikiText-2."""
         text = text_files(self.directory, self.shared)["wikitext2"]["train"]
-        return {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE, "calibrate": str(text)}
+        return SHARED | {"calibrate": str(text)}
 
     def model(self, base: Path) -> PreTrainedModel:
         if self._opened is None or self._opened[0] != base:

@@ -362,9 +362,11 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
   if ((flags & BL_INT8) && !table->bytes) return bl::fail("products in 8 bits need AVX-512, this processor runs %s.", table->name);
   constexpr int64_t AT_ONCE = 8;  // matrices
   for (int64_t first = 0; first < count; first += AT_ONCE) {
-    const bool tame = table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && bl::tame(*table, *x);
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
+    bool wanted = false;  // by any of them: looking at every value of the input is not free
+    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(products[first + i].weight->bits, x->rows, x->dtype);
+    const bool tame = wanted && table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && bl::tame(*table, *x);
     for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, tame);
     for (int64_t row = 0; row < x->rows; row += bl::ROWS_AT_ONCE) {
       const int64_t left = x->rows - row, rows = left < bl::ROWS_AT_ONCE ? left : bl::ROWS_AT_ONCE;
