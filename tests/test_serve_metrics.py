@@ -38,6 +38,7 @@ def test_counts_and_times(world: World) -> None:
             assert raw(server.url, "POST", "/v1/completions", body)[0] == 200
         assert raw(server.url, "POST", "/v1/completions", {"model": "nobody", "prompt": "one"})[0] == 404
         assert raw(server.url, "GET", "/made/up/path")[0] == 404
+        until(lambda: server.service.engine.idle)  # a row is given back after its answer was sent
         found = values(server)
         assert one(found, "bitloft_requests_total", endpoint="/v1/completions", code="200") == 2
         assert one(found, "bitloft_requests_total", endpoint="/v1/completions", code="404") == 1
