@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from adapter_grid.plan import Setting
 from bitloft.adapters import is_packed, read_adapter, read_packed
-from bitloft.integrations.loading import base_record, load, quiet_loading
+from bitloft.integrations.loading import load, quiet_loading
 from bitloft.integrations.peft import register, save_adapter
+from bitloft.integrations.record import base_record
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
 from bitloft.sensitivity import Moments, collected
