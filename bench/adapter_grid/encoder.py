@@ -100,8 +100,9 @@ class Encoder:
                 self._losses(model, chosen).sum().backward()
         return found
 
-    def refined(self) -> dict[str, Any]:
-        raise ValueError("bases of encoders are not refined in this grid; leave that base out for their tasks")
+    def base_settings(self, base: str, rank: int) -> dict[str, Any]:
+        """What quantize is asked for: the plan has no refined base of an encoder, which writes no next tokens."""
+        return {"format": base, "rank": rank}
 
     def data(self, task: str, which: str) -> Path:
         return self.shared / "data" / f"glue_{task}" / f"{'train' if which == 'train' else 'validation'}.tsv"
