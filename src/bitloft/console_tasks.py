@@ -106,18 +106,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
-    show(
-        f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""),
-        {
-            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
-            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
-            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
-            "data": data_counts(report.data),
-            "computed in": report.dtype,
-            "time": f"{report.seconds:.1f} s",
-        }
-        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
-    )
+    _show_losses(f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""), report)
 
 
 def sweep(
@@ -174,6 +163,22 @@ def _train_task(
             "head": f"{getattr(report, 'head_parameters', 0):,} values",
             "time": f"{report.seconds:.1f} s",
         },
+    )
+
+
+def _show_losses(title: str, report: Any) -> None:
+    """`eval --data`."""
+    show(
+        title,
+        {
+            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
+            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
+            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
+            "data": data_counts(report.data),
+            "computed in": report.dtype,
+            "time": f"{report.seconds:.1f} s",
+        }
+        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
     )
 
 
