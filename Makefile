@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 # Two processes halve the suite; a file stays whole, so its fixtures (trained models, servers) are made once.
 SHARED_OUT := -n 2 --dist loadfile
 
-.PHONY: setup demo test test-long check format sanitize bench-smoke docs clean
+.PHONY: setup demo test test-long test-eval check format sanitize bench-smoke docs clean
 
 setup:
 	@$(PYTHON) scripts/setup.py
@@ -20,6 +20,12 @@ test: setup
 
 test-long: setup
 	@$(PYTEST) $(SHARED_OUT)
+
+# lm-eval comes with 387 MB that nothing else here needs, so it is installed by this target alone (docs/decisions.md).
+test-eval: setup
+	@$(RUN) lm_eval --help > /dev/null 2>&1 || \
+	  $(RUN) pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[eval]'
+	@$(PYTEST) -q tests/contract/test_lm_eval_contract.py tests/test_lm_eval.py
 
 check: setup
 	@$(RUN) ruff format --check --quiet . || { echo "check: run 'make format'"; exit 1; }

@@ -32,7 +32,7 @@ from base_grid.summary import figures, show  # noqa: E402
 from base_grid.tasks import Pairs, Task, Text, pairs_of, split_files, text_files  # noqa: E402
 from base_grid.work import Work  # noqa: E402
 
-from bitloft.integrations.loading import load_tokenizer  # noqa: E402
+from bitloft.integrations.record import load_tokenizer  # noqa: E402
 
 LIMITS = {"nats_above_lora16": "<= 0.29", "loss_vs_autoround_2bit": "<= 0", "loss_225_vs_loftq_325": "<= 0"}
 PAIRS = ("sst2", "mrpc", "pairs")

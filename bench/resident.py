@@ -32,7 +32,8 @@ from served import adapters as made
 from served import arguments
 
 from bitloft.adapters import read_packed, serialize
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.held import Held
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions

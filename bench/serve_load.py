@@ -30,7 +30,8 @@ import harness
 from served import adapters as made
 from served import arguments, peft_peer
 
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize

@@ -28,7 +28,8 @@ import harness
 import torch
 from torch import Tensor, nn
 
-from bitloft.integrations.loading import load_tokenizer, quiet_loading
+from bitloft.integrations.loading import quiet_loading
+from bitloft.integrations.record import load_tokenizer
 from bitloft.kernels.ops import decode
 from bitloft.modules.select import select_modules
 from bitloft.options import QuantizeOptions

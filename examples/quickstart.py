@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import bitloft
-from bitloft.integrations.loading import load_tokenizer
+from bitloft.integrations.record import load_tokenizer
 
 
 def main(model: str, rows: str, out: str, bits: str = "0.8") -> None:

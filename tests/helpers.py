@@ -112,7 +112,7 @@ def make_adapter(
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if base is not None:
-        from bitloft.integrations.loading import base_record
+        from bitloft.integrations.record import base_record
 
         found = base_record(base)
         write_record(directory, found.fingerprint, found.source)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from bitloft.adapters import WEIGHTS_FILE, PackedBlock, PackedModule, serialize
 from bitloft.compress import compress
-from bitloft.integrations.loading import base_record
+from bitloft.integrations.record import base_record
 from bitloft.kernels.ops import encode
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize

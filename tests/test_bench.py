@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,68 @@ def test_cells_are_measured_once_even_after_a_cut_off_line(tmp_path: Path) -> No
     assert again.get({"b": 1}, lambda: measure("b again"))["value"] == 3
     assert harness.Cells(file).get({"b": 1}, lambda: measure("never"))["value"] == 3
     assert told == ["a", "b", "b again"]
+
+
+def test_cells_that_another_process_finished_are_not_measured(tmp_path: Path) -> None:
+    harness, file = bench("harness"), tmp_path / "cells.jsonl"
+    ours, theirs = harness.Cells(file), harness.Cells(file)
+    theirs.get({"a": 1}, lambda: {"value": 1})
+    assert ours.get({"a": 1}, lambda: pytest.fail("it was measured"))["value"] == 1
+
+    def slow() -> dict[str, int]:
+        theirs.get({"b": 1}, lambda: {"value": 2})  # finished while ours was at it
+        return {"value": 3}
+
+    assert ours.get({"b": 1}, slow)["value"] == 2
+    assert [cell["value"] for cell in ours] == [1, 2]
+    assert len(file.read_bytes().splitlines()) == 2
+    with file.open("ab") as stream:  # both measured at the same moment: the first line counts, for those who come too
+        stream.write(b'{"key": {"b": 1}, "value": 4}\n')
+    assert ours.find({"b": 1})["value"] == harness.Cells(file).find({"b": 1})["value"] == 2
+
+
+def test_a_line_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    harness, file = bench("harness"), tmp_path / "cells.jsonl"
+    cells = harness.Cells(file)
+    cells.get({"a": 1}, lambda: {"value": 1})
+    line = b'{"key": {"b": 1}, "value": 2}\n'
+    with file.open("ab", buffering=0) as stream:
+        stream.write(line[:11])
+        assert cells.find({"b": 1}) is None
+        stream.write(line[11:])
+    assert cells.find({"b": 1})["value"] == 2
+    file.write_bytes(line.replace(b"b", b"c"))  # written anew, and shorter
+    assert cells.find({"c": 1})["value"] == 2
+
+
+WRITER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import harness
+from pathlib import Path
+cells, name = harness.Cells(Path(sys.argv[2])), sys.argv[3]
+def measure():
+    time.sleep(0.002)
+    return {"by": name, "filling": "x" * 9000}
+print(*(cells.get({"i": i}, measure)["by"] for i in range(100)))
+"""
+
+
+def test_two_processes_agree_on_every_cell_of_a_file(tmp_path: Path) -> None:
+    """Lines are longer than what a buffered stream holds, and both measure the same cells at the same time."""
+    file, place = tmp_path / "cells.jsonl", str(ROOT / "bench")
+    running = [
+        subprocess.Popen([sys.executable, "-c", WRITER, place, str(file), name], stdout=subprocess.PIPE, text=True)
+        for name in "ab"
+    ]
+    first, second = [process.communicate(timeout=60)[0].split() for process in running]
+    assert first == second
+    kept: dict[int, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line:
+            cell = json.loads(line)
+            kept.setdefault(cell["key"]["i"], cell["by"])
+    assert [kept[i] for i in range(100)] == first
 
 
 def test_saved_results_are_the_last_line(

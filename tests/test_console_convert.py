@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bitloft import cli
 from bitloft.errors import AdapterError, OptionError
-from bitloft.integrations.transformers import base_record
+from bitloft.integrations.record import base_record
 from bitloft.options import ConvertOptions, MergeOptions
 from bitloft.quantize import quantize
 from tests.helpers import WORDS, make_adapter

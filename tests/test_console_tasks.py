@@ -58,6 +58,10 @@ def test_a_recipe_is_swept(place: Path) -> None:
         (("sweep", "r.toml", "--out", "x", "--engine", "slurm"), "unknown engine 'slurm'; use local or ray"),
         (("eval", "BASE"), "on --data FILE, on --task NAME or by --harness TASKS"),
         (("eval", "BASE", "--task", "sst2", "--harness", "piqa"), "two things to measure"),
+        (("eval", "BASE", "--harness", "piqa", "--data", "x.jsonl"), "lm-eval's tasks bring their own"),
+        (("eval", "BASE", "--harness", "piqa", "--length", "64"), "length is not for --harness"),
+        (("eval", "BASE", "--task", "sst2", "--shots", "2"), "--shots is for --harness; leave it out"),
+        (("eval", "BASE", "--data", "x.jsonl", "--harness-tasks", "t"), "--harness-tasks is for --harness"),
     ],
 )
 def test_one_thing_is_asked(place: Path, words: tuple[str, ...], said: str) -> None:

@@ -17,7 +17,8 @@ from bitloft.convert import convert
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import read_factors
-from bitloft.integrations.transformers import base_record, load
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
 from bitloft.quantize import quantize

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitloft.compress import compress, expand
 from bitloft.errors import AdapterError, CheckpointError, DataError, OptionError
 from bitloft.evaluate import evaluate, mean_and_stderr
-from bitloft.integrations.transformers import base_record, load
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record
 from bitloft.quantize import quantize
 from tests.helpers import WORDS, make_adapter, tiny_llama, write_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import bitloft
-from bitloft.integrations.loading import load_tokenizer
+from bitloft.integrations.record import load_tokenizer
 from tests.helpers import WORDS, write_rows
 
 ROOT = Path(__file__).parents[1]

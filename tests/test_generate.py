@@ -9,7 +9,8 @@ import torch
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.generate import generate
 from bitloft.integrations import decoder
-from bitloft.integrations.loading import load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import load_tokenizer
 from bitloft.modules.multi import BASE
 from bitloft.options import GenerateOptions
 from bitloft.tasks.chat import encode_chat

@@ -69,7 +69,8 @@ def test_a_gguf_file_becomes_a_base(tmp_path: Path) -> None:
     report = quantize(tmp_path / "tiny.gguf", tmp_path / "base", rank=4)
     assert len(report.matrices) == 14
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
-    from bitloft.integrations.loading import load, load_tokenizer
+    from bitloft.integrations.loading import load
+    from bitloft.integrations.record import load_tokenizer
     from bitloft.modules.linear import quant_linears
 
     layers = quant_linears(load(tmp_path / "base"))

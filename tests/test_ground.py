@@ -15,7 +15,7 @@ from bitloft.compress import CompressReport, compress
 from bitloft.errors import AdapterError, CheckpointError, DataError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.inspection import inspect
-from bitloft.integrations.loading import base_record
+from bitloft.integrations.record import base_record
 from bitloft.options import CompressOptions
 from bitloft.quantize import quantize
 from bitloft.sensitivity import second_moments

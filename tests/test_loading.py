@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import bitloft
 from bitloft.checkpoint import read_tensors
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, CheckpointError, OptionError
-from bitloft.integrations.loading import base_record, load, load_tokenizer, stored_dtype
+from bitloft.integrations.loading import load
 from bitloft.kernels import cpu
 from bitloft.modules.arrangement import ORDER
 from bitloft.modules.linear import quant_linears
@@ -39,21 +37,6 @@ def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return found
 
 
-def test_the_record_identifies_weights_and_source(base: Path, tiny_model: Path, tmp_path: Path) -> None:
-    record = base_record(base, verify=True)
-    assert record.options["format"] == "lm4:64"
-    assert record.source is not None
-    bitloft.register()
-    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "resaved")
-    resaved = base_record(tmp_path / "resaved")
-    assert resaved.source is None
-    assert resaved.fingerprint == record.fingerprint  # the same weight bytes
-    other = tmp_path / "other"
-    quantize(tiny_model, other, format="lm4:64", rank=4, seed=1)
-    assert base_record(other).source == record.source
-    assert base_record(other).fingerprint != record.fingerprint  # the start is part of the base
-
-
 def test_a_damaged_base_is_refused(base: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -72,8 +55,6 @@ def test_what_is_not_a_base_is_refused(tiny_model: Path, tmp_path: Path) -> None
         load(tiny_model)
     with pytest.raises(CheckpointError, match="not a directory"):
         load(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        load_tokenizer(tmp_path)
 
 
 def test_an_architecture_that_transformers_lacks_is_named(base: Path, tmp_path: Path) -> None:
@@ -149,11 +130,3 @@ def test_adapters_of_another_base_are_refused(tiny_model: Path, packed: dict[str
         load(tmp_path / "other", adapters={"one": packed["one"]})
     with pytest.raises(AdapterError, match="is not a packed adapter; make one with"):
         load(tmp_path / "other", adapters={"x": tiny_model})
-
-
-def test_the_stored_dtype_is_the_config_s(tmp_path: Path) -> None:
-    for dtype, expected in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("nonsense", torch.float32)):
-        (tmp_path / "config.json").write_text(json.dumps({"dtype": dtype}), encoding="utf-8")
-        assert stored_dtype(tmp_path) == expected
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert stored_dtype(tmp_path) == torch.float32

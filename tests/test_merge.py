@@ -15,7 +15,8 @@ from bitloft.compress import compress
 from bitloft.errors import AdapterError, CheckpointError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import read_factors
-from bitloft.integrations.transformers import base_record, load
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record
 from bitloft.merge import merge
 from bitloft.modules.linear import quant_linears
 from bitloft.quantize import quantize

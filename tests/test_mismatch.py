@@ -16,8 +16,9 @@ from bitloft.adapters import read_adapter, read_packed
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, OptionError
 from bitloft.generate import generate
-from bitloft.integrations.loading import base_record, load
+from bitloft.integrations.loading import load
 from bitloft.integrations.mismatch import Gate, Mismatch, decide, mismatch_of
+from bitloft.integrations.record import base_record
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import GenerateOptions, ServeOptions
 from bitloft.quantize import quantize

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from bitloft.adapters import read_adapter
 from bitloft.checkpoint import read_json
 from bitloft.errors import AdapterError, OptionError
+from bitloft.integrations.loading import load
 from bitloft.integrations.peft import QuantLora, difference, fresh_adapter, register, save_adapter, start_adapter
-from bitloft.integrations.transformers import load
 from bitloft.modules.linear import QuantLinear, quant_linears
 from bitloft.quantize import quantize
 

@@ -114,6 +114,21 @@ def test_a_refined_base_is_made_as_in_quality_base(tmp_path: Path, monkeypatch: 
     assert asked == {"format": row.formats[2.25], "calibrate": str(tmp_path / "text"), **row.settings}
 
 
+def test_bases_of_encoders_are_not_refined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, work, encoder = part("plan"), part("work"), part("encoder")
+    planned = [s for s in plan.settings("full", plan.BASES) if s.task in plan.ENCODER_TASKS]
+    assert {s.task for s in planned} == set(plan.ENCODER_TASKS)
+    assert not any(s.base.endswith(plan.REFINED) for s in planned)
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(work, "quantize", lambda source, out, **how: asked.append(how))
+    monkeypatch.setattr(encoder.Encoder, "__init__", lambda self: None)
+    monkeypatch.setattr(encoder.Encoder, "source", lambda self, task: tmp_path / task)
+    made = work.Work(tmp_path, filled(tmp_path / "c.jsonl"), lambda task: encoder.Encoder())
+    for setting in planned:
+        made.base(setting)
+    assert asked == [{"format": s.base, "rank": made.start_rank} for s in planned]
+
+
 def test_cells_of_another_effort_are_other_cells() -> None:
     plan = part("plan")
     one = plan.Setting("nf4:64", "gsm8k", 16, 0, plan.FULL)

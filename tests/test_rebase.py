@@ -12,7 +12,7 @@ from bitloft.compress import compress
 from bitloft.convert import convert
 from bitloft.errors import AdapterError, BitloftError, CheckpointError, DataError, OptionError
 from bitloft.evaluate import evaluate
-from bitloft.integrations.loading import base_record
+from bitloft.integrations.record import base_record
 from bitloft.quantize import quantize
 from bitloft.rebase import RebaseReport, rebase
 from bitloft.train import train

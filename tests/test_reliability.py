@@ -25,7 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from bitloft.adapters import read_packed
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.kernels.ops import decode
 from bitloft.modules.linear import QuantLinear, replace_module
 from bitloft.modules.multi import AdapterBank

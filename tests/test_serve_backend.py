@@ -11,8 +11,9 @@ from bitloft.errors import KernelError
 from bitloft.integrations import decoder
 from bitloft.kernels import cpu
 from bitloft.modules.multi import AdapterBank
-from bitloft.serve.backend import Backend, NativeRows, Piece, backend_for
+from bitloft.serve.backend import Backend, NativeRows, Piece
 from bitloft.serve.batch import ModelRows
+from bitloft.serve.engine import backend_for
 from tests.test_decoder import packed
 from tests.test_multi import linears, packed_adapter
 

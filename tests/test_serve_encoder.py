@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from bitloft.errors import CheckpointError
-from bitloft.integrations.loading import BaseRecord
+from bitloft.integrations.record import BaseRecord
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.serve.encoder import Encoder, is_encoder

@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.options import ServeOptions
 from bitloft.quantize import quantize
 from bitloft.serve.http import Server, background, open_service

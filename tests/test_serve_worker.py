@@ -9,7 +9,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from bitloft.errors import OptionError
-from bitloft.integrations.loading import BaseRecord
+from bitloft.integrations.record import BaseRecord
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.serve.requests import RequestError

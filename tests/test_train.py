@@ -20,7 +20,7 @@ from bitloft.checkpoint import PICKLES, read_json, read_tensors
 from bitloft.errors import BitloftError, CheckpointError, DataError, OptionError
 from bitloft.evaluate import evaluate
 from bitloft.integrations.peft import save_adapter
-from bitloft.integrations.transformers import base_record
+from bitloft.integrations.record import base_record
 from bitloft.options import TrainOptions
 from bitloft.quantize import quantize
 from bitloft.train import train
@@ -176,7 +176,7 @@ PLAIN = """
 import sys
 from peft import PeftModel
 from safetensors.torch import save_file
-from bitloft.integrations.transformers import load
+from bitloft.integrations.loading import load
 model = PeftModel.from_pretrained(load(sys.argv[1]), sys.argv[2]).eval()
 with torch.no_grad():
     save_file({"logits": model(input_ids=torch.arange(3, 35).reshape(2, 16)).logits}, sys.argv[3])

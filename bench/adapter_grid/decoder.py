@@ -15,7 +15,7 @@ from base_grid.tasks import text_files
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapter_grid.plan import Setting
+from adapter_grid.plan import REFINED, Setting
 from adapter_grid.tasks import rows_of
 from bitloft.evaluate import evaluate
 from bitloft.integrations.loading import load
@@ -78,10 +78,12 @@ class Decoder:
         """The metric of the base on the first training rows."""
         return second_moments(self.model(base), self.data(setting.task, "train"), length=setting.effort.length)
 
-    def refined(self) -> dict[str, Any]:
-        """How a refined base is made: as in the row "+refine" of bench/quality_base.py, on WikiText-2."""
+    def base_settings(self, base: str, rank: int) -> dict[str, Any]:
+        """What quantize is asked for; a refined base is the row "+refine" of bench/quality_base.py, on WikiText-2."""
+        if not base.endswith(REFINED):
+            return {"format": base, "rank": rank}
         text = text_files(self.directory, self.shared)["wikitext2"]["train"]
-        return SHARED | {"calibrate": str(text)}
+        return SHARED | {"format": base.removesuffix(REFINED), "calibrate": str(text)}
 
     def model(self, base: Path) -> PreTrainedModel:
         if self._opened is None or self._opened[0] != base:

@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from adapter_grid.plan import Setting
 from bitloft.adapters import is_packed, read_adapter, read_packed
-from bitloft.integrations.loading import base_record, load, quiet_loading
+from bitloft.integrations.loading import load, quiet_loading
 from bitloft.integrations.peft import register, save_adapter
+from bitloft.integrations.record import base_record
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank
 from bitloft.sensitivity import Moments, collected
@@ -99,8 +100,9 @@ class Encoder:
                 self._losses(model, chosen).sum().backward()
         return found
 
-    def refined(self) -> dict[str, Any]:
-        raise ValueError("bases of encoders are not refined in this grid; leave that base out for their tasks")
+    def base_settings(self, base: str, rank: int) -> dict[str, Any]:
+        """What quantize is asked for: the plan has no refined base of an encoder, which writes no next tokens."""
+        return {"format": base, "rank": rank}
 
     def data(self, task: str, which: str) -> Path:
         return self.shared / "data" / f"glue_{task}" / f"{'train' if which == 'train' else 'validation'}.tsv"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import harness
 
 from adapter_grid.loose import LOOSE, joint, loose
-from adapter_grid.plan import BOTH, JOINT, REFINED, Setting, Way
+from adapter_grid.plan import BOTH, JOINT, Setting, Way
 from bitloft.adapters import read_adapter
 from bitloft.compress import compress
 from bitloft.errors import OptionError
@@ -31,7 +31,7 @@ class Family(Protocol):
     def train(self, base: Path, setting: Setting, out: Path) -> None: ...
     def loss(self, base: Path, setting: Setting, adapter: Path | None) -> dict[str, Any]: ...
     def moments(self, base: Path, setting: Setting) -> Moments: ...
-    def refined(self) -> dict[str, Any]: ...
+    def base_settings(self, base: str, rank: int) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -52,9 +52,7 @@ class Work:
         out = self.directory / "bases" / f"{source.name}-{setting.base.replace(':', '_')}"
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            fmt = setting.base.removesuffix(REFINED)
-            how = {"rank": self.start_rank} if fmt == setting.base else self.family(setting.task).refined()
-            quantize(source, out, format=fmt, **how)
+            quantize(source, out, **self.family(setting.task).base_settings(setting.base, self.start_rank))
         return out
 
     def adapter(self, setting: Setting) -> Path:

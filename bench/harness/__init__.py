@@ -124,36 +124,70 @@ class Cells:
     """Measured cells of a grid, one JSON line each in bench/results/cells: a second run measures only what is missing.
 
     A cell is known by its key; ``path`` None keeps nothing. A line that an interruption cut off is measured again.
+    Processes may share a file: each looks before it measures at what the others have finished, a line is one write
+    behind whatever is there, and of two lines for one cell the first counts for all.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
-            try:
-                cell = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            self._known[json.dumps(cell["key"], sort_keys=True)] = cell
+        self._seen = 0  # bytes of whole lines that were taken in
+        self._look()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._known.values())
+        self._look()
+        return iter(list(self._known.values()))
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The cell as kept, None where it has not been measured."""
-        return self._known.get(json.dumps(key, sort_keys=True))
+        self._look()
+        return self._known.get(_name(key))
 
     def get(self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The figures of a cell: as kept, or measured and kept."""
-        name = json.dumps(key, sort_keys=True)
-        if name not in self._known:
-            self._known[name] = {"key": dict(key), **measure()}
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # by an interruption
-                with self.path.open("a", encoding="utf-8") as stream:
-                    stream.write("\n" * cut + json.dumps(self._known[name]) + "\n")
-        return self._known[name]
+        if self.find(key) is None:
+            cell = {"key": dict(key), **measure()}
+            if self.find(key) is None:  # nor was it finished elsewhere meanwhile
+                self._keep(cell)
+        return self._known[_name(key)]
+
+    def _look(self) -> None:
+        """Take in the lines that are new since the last look."""
+        size = self.path.stat().st_size if self.path is not None and self.path.exists() else 0
+        if self.path is None or size == self._seen:
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._seen if size > self._seen else 0)  # a file that shrank was written anew
+            begin, lines = stream.tell(), stream.read()
+        self._seen = begin + lines.rfind(b"\n") + 1
+        for line in lines.splitlines():
+            try:
+                cell = json.loads(line)
+            except ValueError:  # cut off, or still being written
+                continue
+            self._known.setdefault(_name(cell["key"]), cell)
+
+    def _keep(self, cell: dict[str, Any]) -> None:
+        if self.path is None:
+            self._known[_name(cell["key"])] = cell
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            cut = size > 0 and os.pread(handle, 1, size - 1) != b"\n"  # by an interruption
+            line = b"\n" * cut + json.dumps(cell).encode() + b"\n"
+            if os.write(handle, line) < len(line):
+                raise OSError(
+                    f"{self.path} took a part of a cell only; free some space, the next run measures it again"
+                )
+        finally:
+            os.close(handle)
+        self._look()
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def grid_parser(text: str | None) -> argparse.ArgumentParser:

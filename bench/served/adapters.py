@@ -17,7 +17,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from bitloft.adapter_files import CONFIG_FILE, PACKED_FILE, seal
 from bitloft.checkpoint import MANIFEST
 from bitloft.compress import compress
-from bitloft.integrations.loading import base_record
+from bitloft.integrations.record import base_record
 
 RANK = 16
 CHANGED = 0.1  # of the bytes of codes

@@ -26,7 +26,7 @@ _PUBLIC = {
     "tune": "bitloft.tune",
     "sweep": "bitloft.sweep",
     "start_for": "bitloft.starts",
-    "load": "bitloft.integrations.transformers",
+    "load": "bitloft.integrations.loading",
     "register": "bitloft.integrations",
 }
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from bitloft.evaluate import evaluate
     from bitloft.formats import Format
     from bitloft.integrations import register
-    from bitloft.integrations.transformers import load
+    from bitloft.integrations.loading import load
     from bitloft.judge import judge
     from bitloft.merge import merge
     from bitloft.packed import PackedTensor

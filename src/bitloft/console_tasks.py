@@ -68,6 +68,13 @@ def evaluate(
     harness: Annotated[
         str | None, typer.Option("--harness", help="tasks of lm-eval by name, separated by commas (bitloft[eval])")
     ] = None,
+    harness_tasks: Annotated[
+        Path | None, typer.Option("--harness-tasks", help="with --harness: folder with lm-eval task files of your own")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", help="with --harness: examples in a prompt (default: the task's)"),
+    ] = None,
     samples: Annotated[int | None, typer.Option("--samples", help="with --task: answers to a row, for pass@k")] = None,
     beams: Annotated[int, typer.Option("--beams", help="with --task: beams of an encoder-decoder's search")] = 1,
     generates: Annotated[
@@ -79,10 +86,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Measure held-out loss and perplexity, a task's metrics or lm-eval's, with their standard errors."""
+    for flag, given in (("harness-tasks", harness_tasks), ("shots", shots)):
+        require(harness is not None or given is None, f"--{flag} is for --harness; leave it out.")
     if task is not None or harness is not None:
         require(task is None or harness is None, "task and harness are two things to measure; give one of them.")
         if harness is not None:
-            _run_harness(base, harness, adapter, options, as_json)
+            require(data is None, "data is for --task or stands alone; lm-eval's tasks bring their own.")
+            _run_harness(base, harness, adapter, options, {"include": harness_tasks, "shots": shots}, as_json)
             return
         how = {"samples": samples, "beams": beams, "generates": generates, "allow_code_execution": allow_code_execution}
         _judge_task(base, str(task), data, adapter, options, how, as_json)
@@ -96,18 +106,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return
-    show(
-        f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""),
-        {
-            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
-            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
-            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
-            "data": data_counts(report.data),
-            "computed in": report.dtype,
-            "time": f"{report.seconds:.1f} s",
-        }
-        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
-    )
+    _show_losses(f"{base} on {data.name}" + (f" with {adapter}" if adapter else ""), report)
 
 
 def sweep(
@@ -167,6 +166,22 @@ def _train_task(
     )
 
 
+def _show_losses(title: str, report: Any) -> None:
+    """`eval --data`."""
+    show(
+        title,
+        {
+            "perplexity": f"{report.perplexity:.4f} +- {_error(report.perplexity_stderr)}",
+            "loss": f"{report.loss:.5f} +- {_error(report.stderr)} nats per token",
+            "measured on": f"{report.tokens:,} tokens in {report.sequences} sequences, {report.clusters} clusters",
+            "data": data_counts(report.data),
+            "computed in": report.dtype,
+            "time": f"{report.seconds:.1f} s",
+        }
+        | ({} if report.mismatch is None else {"adapter was": report.mismatch}),
+    )
+
+
 def _judge_task(
     base: Path,
     task: str,
@@ -189,18 +204,30 @@ def _judge_task(
     show(f"{base} on {task}" + (f" with {adapter}" if adapter else ""), facts)
 
 
-def _run_harness(base: Path, names: str, adapter: Path | None, options: EvalOptions, as_json: bool) -> None:
+def _run_harness(
+    base: Path, names: str, adapter: Path | None, options: EvalOptions, how: dict[str, Any], as_json: bool
+) -> None:
     """`eval --harness`: lm-eval's tasks by their names, separated by commas."""
+    require(
+        options.length == EvalOptions().length,
+        "length is not for --harness: lm-eval fills the model's context.",
+    )
+    import torch
+
     from bitloft.integrations.lm_eval import harness
     from bitloft.integrations.opening import open_model
+    from bitloft.tasks.precision import choose_precision
     from bitloft.tune import with_adapter
 
-    model, tokenizer, _ = open_model(base)
+    model, tokenizer, _ = open_model(base, options.activations)
     held: Any = model
     if adapter is not None:
-        held, _ = with_adapter(model, adapter, base, options.base_mismatch)
-    tasks = [name for name in names.split(",") if name]
-    found = harness(held, tokenizer, tasks, limit=options.limit, batch=options.batch)
+        held, note = with_adapter(model, adapter, base, options.base_mismatch)
+        if note is not None:
+            typer.echo(f"adapter {adapter} was {note}", err=True)
+    tasks = [name.strip() for name in names.split(",") if name.strip()]
+    dtype = choose_precision(options.dtype, torch.device("cpu")).dtype
+    found = harness(held, tokenizer, tasks, limit=options.limit, batch=options.batch, dtype=dtype, **how)
     if as_json:
         typer.echo(json.dumps(found))
         return

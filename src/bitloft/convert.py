@@ -30,6 +30,7 @@ from bitloft.factors import Factors, Pair, read_factors, stacked, write_lora
 from bitloft.integrations import bitsandbytes, gptq, loading
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.packing import dense_linear
+from bitloft.integrations.record import BaseRecord, base_record, load_tokenizer, stored_dtype
 from bitloft.integrations.source import open_source
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module
@@ -67,7 +68,7 @@ class _Job:
     """What every target needs: the base, the adapter (None for the base alone), where to and what to measure on."""
 
     base: Path
-    record: loading.BaseRecord
+    record: BaseRecord
     factors: Factors | None
     out: Path
     options: ConvertOptions
@@ -115,7 +116,7 @@ def convert(
     holds, AdapterError for an adapter of another base, CheckpointError for damaged files or another source.
     """
     options, began, base = options or ConvertOptions(**settings), time.perf_counter(), Path(base)
-    record = loading.base_record(base)
+    record = base_record(base)
     factors = None if adapter is None else read_factors(adapter)
     mismatch = None
     if factors is not None:
@@ -160,7 +161,7 @@ def _dense(job: _Job, directory: Path) -> ConvertReport:
 
 def _dtype(job: _Job) -> Any:
     """The torch.dtype that is asked for, or that of what the base does not pack."""
-    return loading.stored_dtype(job.base) if job.options.dtype == "auto" else getattr(torch, job.options.dtype)
+    return stored_dtype(job.base) if job.options.dtype == "auto" else getattr(torch, job.options.dtype)
 
 
 def _require_finite(model: PreTrainedModel) -> None:
@@ -183,7 +184,7 @@ def _portable(job: _Job, directory: Path) -> ConvertReport:
     """The adapter alone, relative to the original model."""
     if job.factors is None:
         raise OptionError("a portable LoRA is made of an adapter; give one (a base alone is converted to dense).")
-    model = loading.load(job.base, dtype=loading.stored_dtype(job.base))
+    model = loading.load(job.base, dtype=stored_dtype(job.base))
     pairs = {}
     for name, pair in job.factors.pairs.items():
         layer = linear_of(model, name, pair, job.adapter)
@@ -302,7 +303,7 @@ def _bitsandbytes_losses(job: _Job, directory: Path, started: bool) -> dict[str,
     except ImportError as error:
         raise OptionError(f"measuring the export needs bitsandbytes ({str(error).splitlines()[0]}).") from error
     adapter = directory / START if started else None
-    return {"base": job.loss_of_base(), "converted": job.loss(model, adapter, loading.load_tokenizer(job.base))}
+    return {"base": job.loss_of_base(), "converted": job.loss(model, adapter, load_tokenizer(job.base))}
 
 
 def _gptq(job: _Job, directory: Path) -> ConvertReport:

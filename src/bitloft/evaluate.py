@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.errors import CheckpointError, OptionError
-from bitloft.integrations.loading import base_record, load_tokenizer
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.opening import open_model, quantized_by
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import EvalOptions
 from bitloft.tasks.lm import Collator, DataReport, Example, batches, check_length, encode_rows, target_losses

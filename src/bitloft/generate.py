@@ -12,7 +12,8 @@ import torch
 
 from bitloft.errors import OptionError
 from bitloft.integrations import decoder
-from bitloft.integrations.loading import attach, base_record, load, load_tokenizer
+from bitloft.integrations.loading import attach, load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.multi import BASE
 from bitloft.options import GenerateOptions
 from bitloft.tasks.chat import encode_chat

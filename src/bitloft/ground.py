@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitloft.adapters import Adapter, PackedBlock, PackedModule
 from bitloft.errors import AdapterError, OptionError
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
 from bitloft.integrations.mismatch import (
     BUILT_IN,
     Change,
@@ -29,6 +29,7 @@ from bitloft.integrations.mismatch import (
     sentence,
 )
 from bitloft.integrations.opening import open_model
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 from bitloft.modules.trial import Coded, applied, packed_again
 from bitloft.options import CompressOptions

@@ -9,8 +9,8 @@ import torch
 
 from bitloft.checkpoint import read_json
 from bitloft.errors import CheckpointError, OptionError
-from bitloft.integrations.loading import load_tokenizer
 from bitloft.integrations.opening import quantized_by
+from bitloft.integrations.record import load_tokenizer
 from bitloft.integrations.source import open_source
 from bitloft.options import EvalOptions
 from bitloft.tasks.catalog import find_task, form_of

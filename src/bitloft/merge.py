@@ -36,8 +36,9 @@ from bitloft.errors import OptionError
 from bitloft.evaluate import evaluate
 from bitloft.factors import Factors, Pair, read_factors, stacked
 from bitloft.formats import Format
-from bitloft.integrations.loading import BaseRecord, base_record, load, quiet_loading, stored_dtype
+from bitloft.integrations.loading import load, quiet_loading
 from bitloft.integrations.mismatch import admitted
+from bitloft.integrations.record import BaseRecord, base_record, stored_dtype
 from bitloft.kernels.ops import decode
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.linear import QuantLinear, quant_linears, replace_module

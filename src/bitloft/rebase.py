@@ -25,8 +25,9 @@ from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.checkpoint import write_json, writing
 from bitloft.errors import AdapterError, CheckpointError
 from bitloft.factors import Factors, Pair, read_factors, write_lora
-from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
 from bitloft.integrations.opening import open_model
+from bitloft.integrations.record import BaseRecord, base_record, load_tokenizer
 from bitloft.modules.adapted import linear_of
 from bitloft.modules.multi import AdapterBank
 from bitloft.modules.trial import Plain, applied

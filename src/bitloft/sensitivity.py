@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitloft.errors import DataError, OptionError
-from bitloft.integrations.loading import load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import load_tokenizer
 from bitloft.tasks.lm import Collator, check_length, encode_rows, target_losses
 from bitloft.tasks.rows import read_rows
 

@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from bitloft.checkpoint import read_json, sha256, write_json, writing
 from bitloft.errors import CheckpointError
 from bitloft.integrations import distributed
-from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
 from bitloft.integrations.peft import fresh_adapter, save_adapter, start_adapter
+from bitloft.integrations.record import BaseRecord, base_record, load_tokenizer
 from bitloft.integrations.trainer import Progress, SafeTrainer, last_checkpoint, make_trainer, step_of
 from bitloft.options import TrainOptions
 from bitloft.tasks.lm import Collator, DataReport, Example, check_length, encode_rows, target_losses

@@ -22,10 +22,11 @@ from bitloft.adapters import is_packed, read_adapter, read_packed
 from bitloft.checkpoint import read_tensors, write_json, write_tensors, writing
 from bitloft.compress import expand
 from bitloft.errors import AdapterError, CheckpointError, OptionError
-from bitloft.integrations.loading import base_record, load, load_tokenizer, quiet_loading
+from bitloft.integrations.loading import load, quiet_loading
 from bitloft.integrations.mismatch import admitted
 from bitloft.integrations.opening import open_model, quantized_by
 from bitloft.integrations.peft import save_adapter
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.linear import quant_linears
 from bitloft.options import TrainOptions
 from bitloft.regimes import fit, in_head, reset_head

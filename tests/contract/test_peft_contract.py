@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from bitloft.integrations import peft as ours
-from bitloft.integrations.transformers import load
+from bitloft.integrations.loading import load
 from bitloft.modules.linear import QuantLinear
 from bitloft.quantize import quantize
 

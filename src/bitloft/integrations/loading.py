@@ -1,86 +1,29 @@
-"""Reading a base directory: which class, which dtype, which fingerprint; packed adapters attached by name."""
+"""A base directory as a model: which class, which dtype; packed adapters attached by name."""
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitloft.adapters import is_packed, read_adapter, read_packed
-from bitloft.checkpoint import MANIFEST, fingerprint, read_json, read_manifest, weight_files
+from bitloft.checkpoint import read_json
 from bitloft.errors import AdapterError, CheckpointError, OptionError
-from bitloft.formats import Format
+from bitloft.integrations import register
+from bitloft.integrations.mismatch import Gate
+from bitloft.integrations.record import BaseRecord, base_record
 from bitloft.integrations.rounding import round_activations
 from bitloft.modules import arrangement
 from bitloft.modules.linear import quant_linears
 from bitloft.modules.multi import AdapterBank, install
-from bitloft.options import STARTS, QuantizeOptions
+from bitloft.options import STARTS
 from bitloft.options.fields import require_mismatch
-from bitloft.rules import StoredModule
-
-REPORT = "bitloft_report.json"
 
 log = logging.getLogger("bitloft")
-
-
-@dataclass(frozen=True)
-class BaseRecord:
-    """What identifies a packed base. ``fingerprint`` covers its weight files, start included; ``source`` the model that
-    was quantized (None where the directory was saved without a manifest)."""
-
-    directory: Path
-    fingerprint: str
-    source: str | None
-    options: dict[str, Any]
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code of the narrowest packed module."""
-        config = _quantization_config(self.directory)
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
-        options = QuantizeOptions(**given)
-        stored = [StoredModule.read(entry, options, name) for name, entry in (config.get("modules") or {}).items()]
-        return min(Format.parse(text).bits for text in [m.format for m in stored] or [options.format])
-
-    @property
-    def source_name(self) -> str | None:
-        """The hub name, folder or file name of the model that was quantized, None where no report says it."""
-        report = self.directory / REPORT
-        name = read_json(report).get("source") if report.is_file() else None
-        return name if isinstance(name, str) else None
-
-
-def base_record(directory: Path | str, *, verify: bool = False) -> BaseRecord:
-    """Identify a base directory from its manifest (checked against every file with ``verify``), or from its weights.
-
-    Raises CheckpointError where the directory is not a bitloft base or is damaged.
-    """
-    directory = Path(directory)
-    options = _quantization_config(directory)["options"]
-    if (directory / MANIFEST).exists():
-        manifest = read_manifest(directory, "base", verify=verify)
-        return BaseRecord(directory, manifest["fingerprint"], manifest["source"], options)
-    return BaseRecord(directory, fingerprint(weight_files(directory)), None, options)
-
-
-def _quantization_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give a base made by `bitloft quantize`.")
-    config = read_json(directory / "config.json").get("quantization_config") or {}
-    if config.get("quant_method") != "bitloft" or not isinstance(config.get("options"), dict):
-        raise CheckpointError(f"{directory} is not a bitloft base; make one with `bitloft quantize MODEL --out DIR`.")
-    return dict(config)
-
-
-def stored_dtype(directory: Path | str) -> torch.dtype:
-    """The dtype that a model folder's config gives for what is not packed; float32 where it names none."""
-    dtype = getattr(torch, str(read_json(Path(directory) / "config.json").get("dtype")), torch.float32)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def load(
@@ -110,8 +53,6 @@ def load(
     as a warning (``integrations.rounding``).
     Raises CheckpointError for a directory that is damaged or no base, AdapterError for an adapter that is refused.
     """
-    from bitloft.integrations import register
-
     if start not in STARTS:
         raise OptionError(f"start is {start!r}; use one of {', '.join(STARTS)}.")
     require_mismatch(base_mismatch)
@@ -142,8 +83,6 @@ def attach(
     model: PreTrainedModel, adapters: Mapping[str, Path | str], record: BaseRecord, base_mismatch: str | None
 ) -> None:
     """Give ``model`` a bank with these adapters, plain or packed; what is let through unnamed is logged."""
-    from bitloft.integrations.mismatch import Gate
-
     bank = AdapterBank(model)
     gate = Gate(bank, record, base_mismatch)
     for name, path in adapters.items():
@@ -163,14 +102,6 @@ def model_class(config: Mapping[str, Any], source: str) -> Any:
             f"{transformers.__version__} does not have."
         )
     return kind
-
-
-def load_tokenizer(directory: Path | str) -> Any:
-    """The tokenizer in a base directory. Raises CheckpointError where there is none."""
-    directory = Path(directory)
-    if not (directory / "tokenizer_config.json").exists():
-        raise CheckpointError(f"{directory} holds no tokenizer (tokenizer_config.json); text cannot be encoded.")
-    return AutoTokenizer.from_pretrained(directory)
 
 
 @contextmanager

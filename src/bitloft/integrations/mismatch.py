@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from bitloft.adapters import Adapter, PackedAdapter
 from bitloft.errors import AdapterError
 from bitloft.factors import Factors
-from bitloft.integrations.loading import BaseRecord, load_tokenizer
+from bitloft.integrations.record import BaseRecord, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 
 STEADY_BITS = 4  # bases from here on keep adapters of the same model by default

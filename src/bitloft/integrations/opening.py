@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 from bitloft.checkpoint import read_json
 from bitloft.errors import CheckpointError, OptionError
 from bitloft.integrations.foreign import ForeignBase, open_foreign
-from bitloft.integrations.loading import BaseRecord, base_record, load, load_tokenizer, model_class, quiet_loading
+from bitloft.integrations.loading import load, model_class, quiet_loading
+from bitloft.integrations.record import BaseRecord, base_record, load_tokenizer
 from bitloft.integrations.source import open_source
 from bitloft.shards import open_shards
 

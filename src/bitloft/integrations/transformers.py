@@ -24,7 +24,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitloft import __version__
 from bitloft.errors import CheckpointError
 from bitloft.formats import Format
-from bitloft.integrations.loading import base_record, load, load_tokenizer
 from bitloft.integrations.packing import (
     forbid_resize,
     forget_conversions,
@@ -41,8 +40,6 @@ from bitloft.options import QuantizeOptions
 from bitloft.rules import ROTATED, ModulePlan, StoredModule, resolve
 from bitloft.solvers import Solution, Statistics, solve
 from bitloft.solvers.base import Calibrated
-
-__all__ = ["BitloftConfig", "BitloftQuantizer", "base_record", "load", "load_tokenizer", "register"]
 
 METHOD = "bitloft"
 SCHEMA = 1

@@ -29,7 +29,7 @@ from bitloft.adapters import WEIGHTS_FILE, is_packed, read_packed
 from bitloft.checkpoint import writing
 from bitloft.errors import AdapterError, BitloftError, OptionError
 from bitloft.factors import Pair, read_factors, stacked, write_lora
-from bitloft.integrations.loading import base_record
+from bitloft.integrations.record import base_record
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 DIGITS = 12  # of a version's sum, in names

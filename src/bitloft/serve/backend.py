@@ -49,15 +49,6 @@ class Backend(Protocol):
         """Forget all rows, after an error."""
 
 
-def backend_for(model: PreTrainedModel, bank: AdapterBank, *, batch_invariant: bool = False) -> Backend:
-    """The fastest backend that takes ``model``. Raises CheckpointError where none does."""
-    if decoder.reason(model) is None:
-        return NativeRows(model, bank)
-    from bitloft.serve.batch import ModelRows
-
-    return ModelRows(model, bank, batch_invariant=batch_invariant)
-
-
 class NativeRows:
     """Rows of the native decoder: each owns its memory, so that they join and leave without copying others."""
 

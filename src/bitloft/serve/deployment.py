@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bitloft.errors import BitloftError, OptionError
-from bitloft.integrations.loading import base_record
 from bitloft.integrations.ray import Cluster, connected
+from bitloft.integrations.record import base_record
 from bitloft.options import ServeOptions
 from bitloft.serve.api import app
 from bitloft.serve.front import Front, FrontServer, Message, Tell

@@ -12,9 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitloft.errors import CheckpointError
+from bitloft.integrations import decoder
+from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.options.generate import bytes_of
-from bitloft.serve.backend import Backend, backend_for
+from bitloft.serve.backend import Backend, NativeRows
+from bitloft.serve.batch import ModelRows
 from bitloft.serve.memory import free_memory
 from bitloft.serve.requests import Request, RequestError, Sampling
 from bitloft.serve.running import Running
@@ -49,6 +52,13 @@ class EngineStats:
     cache_budget: int
     max_batch: int
     max_queue: int
+
+
+def backend_for(model: PreTrainedModel, bank: AdapterBank, *, batch_invariant: bool = False) -> Backend:
+    """The fastest backend that takes ``model``. Raises CheckpointError where none does."""
+    if decoder.reason(model) is None:
+        return NativeRows(model, bank)
+    return ModelRows(model, bank, batch_invariant=batch_invariant)
 
 
 class Engine(Worker):

@@ -16,7 +16,8 @@ from types import FrameType
 import uvicorn
 
 from bitloft.errors import BitloftError
-from bitloft.integrations.loading import base_record, load, load_tokenizer
+from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record, load_tokenizer
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import LOOPBACK, ServeOptions
 from bitloft.serve.api import app

@@ -20,8 +20,8 @@ from bitloft.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, PackedAdapter, 
 from bitloft.checkpoint import MANIFEST, sha256
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, BitloftError, CheckpointError
-from bitloft.integrations.loading import BaseRecord
 from bitloft.integrations.mismatch import Gate
+from bitloft.integrations.record import BaseRecord
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.options.generate import bytes_of
