@@ -99,8 +99,9 @@ int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table
     return fair < most ? fair : most;
   }
   if (part.input == Input::TABLES) {
-    const int64_t most = part.rows == TABLED ? BESIDE : 4, fair = threads > 1 && part.row_runs % threads != 0 ? (part.blocks + threads - 1) / threads : most;
-    return fair < 1 ? 1 : fair < most ? fair : most;
+    const int64_t most = part.rows <= TABLED ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
+    const int64_t runs = share * ((part.blocks + most * share - 1) / (most * share));  // as long as each other, as many as threads
+    return runs > 0 ? (part.blocks + runs - 1) / runs : 1;
   }
   return rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
 }
@@ -149,14 +150,14 @@ bool same_input(const Part& a, const Part& b) {
 class Call {
  public:
   Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count, int threads)
-      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count), threads_(threads) {
+      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count), threads_(threads < 1 ? 1 : threads) {
     for (int64_t i = 0; i < count; ++i) {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
       part.rows = rows_of(part, rows);
       part.row_runs = part.rows > 0 ? (rows + part.rows - 1) / part.rows : 0;
-      part.together = run_of(part, rows, threads, table);
+      part.together = run_of(part, rows, threads_, table);
       part.turns = runs_of(part) * part.row_runs;
       turns_ += part.turns;
       if (part.same != i) {
