@@ -85,10 +85,12 @@ int64_t prepared_bytes(const Part& part) {
   }
 }
 
+// Whether codes and scales are read as they lie; else each turn makes them so.
+bool ready(const Part& part) { return part.arranged && scales_arranged(*part.matrix) && !part.offsets; }
+
 // How many rows of the input a turn takes.
 int64_t rows_of(const Part& part, int64_t rows) {
-  const bool ready = part.arranged && scales_arranged(*part.matrix) && !part.offsets;  // else each turn would make it so
-  return part.input == Input::TABLES && ready && rows > TABLED ? TABLED : rows;
+  return part.input == Input::TABLES && ready(part) && rows > TABLED ? TABLED : rows;
 }
 
 // How many blocks a turn takes: of neighbours as many as leave every thread a turn, less where each needs much memory.
@@ -99,7 +101,7 @@ int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table
     return fair < most ? fair : most;
   }
   if (part.input == Input::TABLES) {
-    const int64_t most = part.rows <= TABLED ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
+    const int64_t most = ready(part) ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
     const int64_t runs = share * ((part.blocks + most * share - 1) / (most * share));  // as long as each other, as many as threads
     return runs > 0 ? (part.blocks + runs - 1) / runs : 1;
   }
