@@ -131,10 +131,16 @@ def test_few_rows_of_few_bits_get_what_one_gets(spelling: str, dtype: torch.dtyp
         pytest.skip("other instruction sets add the products of one row in another order")
     weight = plain.encode(torch.randn(300, 576), spelling)
     for packed in (weight, cpu_linear.arrange(plain.encode(plain.decode(weight), spelling))):
-        x = (torch.randn(300, 576) * torch.logspace(-3, 3, 300)[:, None]).to(dtype)
+        x = (torch.randn(300, 576) * torch.logspace(-3, 2, 300)[:, None]).to(dtype)
         alone = torch.cat([ops.packed_linear(row, packed) for row in x.split(1)])
-        for rows in (2, 3, 4, 5, 6, 7, 8, 19, 300):
+        for rows in (2, 3, 4, 5, 6, 7, 8):
             assert torch.equal(ops.packed_linear(x[:rows], packed), alone[:rows])
+        for rows in (19, 300):  # where scales are turned first, bfloat16 may take another way
+            assert torch.equal(ops.packed_linear(x[:rows], packed, invariant=True), alone[:rows])
+            usual = ops.packed_linear(x[:rows], packed)
+            if packed.arranged and not spelling.startswith("uniform"):
+                assert torch.equal(usual, alone[:rows])
+            assert float((usual.double() - alone[:rows].double()).norm() / alone[:rows].double().norm()) < 4e-3
 
 
 @pytest.mark.parametrize("spelling", ["sign:128", "lm2:64", "lm3:64", "nf4:64", "uniform2:64"])

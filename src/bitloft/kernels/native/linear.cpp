@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
 constexpr int64_t FEW = 4;  // rows of the input that are prepared before; with more, tables of 1 and 2 bits are made where they are used
+constexpr int64_t UNREADY = 16;  // rows of bfloat16 up to which tables pay although few blocks share them
 constexpr int64_t TABLED = 4;  // rows of the input whose tables stay in the first-level cache
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
@@ -72,6 +73,9 @@ int64_t size_of(int32_t dtype) { return dtype == BL_F32 ? 4 : 2; }
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Whether codes and scales are read as they lie; else each turn makes them so.
+bool ready(const bl_matrix& m) { return (m.flags & BL_ARRANGED) && scales_arranged(m) && m.zeros == nullptr && m.shifts == nullptr; }
+
 // Bytes of a prepared row of a part.
 int64_t prepared_bytes(const Part& part) {
   const int64_t bits = part.matrix->bits, columns = part.units * unit_columns(part.matrix->bits);
@@ -85,23 +89,19 @@ int64_t prepared_bytes(const Part& part) {
   }
 }
 
-// Whether codes and scales are read as they lie; else each turn makes them so.
-bool ready(const Part& part) { return part.arranged && scales_arranged(*part.matrix) && !part.offsets; }
-
 // How many rows of the input a turn takes.
 int64_t rows_of(const Part& part, int64_t rows) {
-  return part.input == Input::TABLES && ready(part) && rows > TABLED ? TABLED : rows;
+  return part.input == Input::TABLES && ready(*part.matrix) && rows > TABLED ? TABLED : rows;
 }
 
 // How many blocks a turn takes: of neighbours as many as leave every thread a turn, less where each needs much memory.
 int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table) {
   if (part.neighbours && part.input != Input::QUADS) {
-    const bool ready = scales_arranged(*part.matrix) && !part.offsets;  // other scales are turned first
-    const int64_t most = rows <= FEW && ready ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
+    const int64_t most = rows <= FEW && ready(*part.matrix) ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
     return fair < most ? fair : most;
   }
   if (part.input == Input::TABLES) {
-    const int64_t most = ready(part) ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
+    const int64_t most = ready(*part.matrix) ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
     const int64_t runs = share * ((part.blocks + most * share - 1) / (most * share));  // as long as each other, as many as threads
     return runs > 0 ? (part.blocks + runs - 1) / runs : 1;
   }
@@ -109,12 +109,12 @@ int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table
 }
 
 // Whether rows that fit planes of bytes are multiplied by them: where that is sooner done than by pairs in bfloat16. With 1 and 2
-// bits a row gets the same bits however many there are.
-bool by_bytes(int32_t bits, int64_t rows, int32_t dtype, int32_t flags) {
+// bits a row then gets the same bits however many there are.
+bool by_bytes(const bl_matrix& m, int64_t rows, int32_t dtype, int32_t flags) {
   if (flags & BL_INT8) return false;
-  if (bits < 3) return true;
+  if (m.bits < 3) return dtype != BL_BF16 || rows <= UNREADY || ready(m) || (flags & BL_INVARIANT);
   if (flags & BL_INVARIANT) return false;
-  if (bits == 3) return rows == 1 || (rows <= FEW && dtype != BL_BF16);
+  if (m.bits == 3) return rows == 1 || (rows <= FEW && dtype != BL_BF16);
   return rows == 1 && dtype != BL_BF16;
 }
 
@@ -133,7 +133,7 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.neighbours = part.arranged && table.bytes && m.bits == 3;
   part.planes = (dtype == BL_BF16 ? 2 : 3) + (m.bits == 3 ? 1 : 0);
   if (flags & BL_INT8) part.input = Input::QUADS;
-  else if (tame && by_bytes(m.bits, rows, dtype, flags)) part.input = rows > FEW ? Input::TABLES : Input::BYTES;
+  else if (tame && by_bytes(m, rows, dtype, flags)) part.input = rows > FEW ? Input::TABLES : Input::BYTES;
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
@@ -405,7 +405,7 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
     bool wanted = false;  // by any of them: looking at every value of the input is not free
-    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(products[first + i].weight->bits, x->rows, x->dtype, flags);
+    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(*products[first + i].weight, x->rows, x->dtype, flags);
     wanted = wanted && table->bytes;
     for (int64_t row = 0; row < x->rows;) {
       const bl::Stretch stretch = bl::stretch_of(*table, *x, row, wanted);
