@@ -1,4 +1,4 @@
-// A few rows of input: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
+// One row of input, or any number of them with 1 and 2 bits: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
 //
 // A permute of bytes looks sixty-four of them up at once, four sums of each of sixteen rows, and a dot product with ones
 // adds the four. In float32 the same takes twice the instructions: each register holds sixteen sums, not sixty-four.
