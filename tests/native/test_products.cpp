@@ -84,7 +84,7 @@ void lora(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
 }  // namespace
 
 void test_products() {
-  const int64_t sizes[][3] = {{1, 64, 64}, {1, 130, 576}, {4, 65, 127}, {7, 3, 1}, {33, 70, 200}, {2, 0, 8}, {0, 5, 8}, {1, 2200, 96}, {3, 150, 320}};
+  const int64_t sizes[][3] = {{1, 64, 64}, {1, 130, 576}, {4, 65, 127}, {7, 3, 1}, {33, 70, 200}, {2, 0, 8}, {0, 5, 8}, {1, 2200, 96}, {3, 150, 320}, {9, 330, 640}, {6, 2200, 64}};
   for (const Kind& kind : kinds()) {
     for (const auto& [rows, out, in] : sizes) linear(kind, rows, out, in);
     for (const auto& [rank, out, in] : sizes)

@@ -130,7 +130,8 @@ enum {
 };
 
 /* Products of one input with several matrices, at most the wanted precision: float32 input is multiplied in float32, bfloat16
- * input with levels rounded to bfloat16 (where the processor has such dot products) and summed in float32. */
+ * input with levels rounded to bfloat16 (where the processor has such dot products; not where codes of 1 and 2 bits are looked up
+ * as whole numbers) and summed in float32. */
 BL_API int bl_packed_linear(const bl_input *x, const bl_product *products, int64_t count, int32_t flags, int threads);
 
 /* The same for one matrix, rows of x [rows, weight columns] and out [rows, weight rows] without gaps, out of x's dtype (but see BL_WIDE). */

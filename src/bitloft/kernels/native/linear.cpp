@@ -24,7 +24,9 @@ namespace {
 
 constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals stay in the second-level cache: 42 times 6
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
-constexpr int64_t FEW = 4;  // rows of the input whose sums are looked up one by one where codes take 3 bits or fewer
+constexpr int64_t FEW = 4;  // rows of the input that are prepared before; with more, tables of 1 and 2 bits are made where they are used
+constexpr int64_t UNREADY = 16;  // rows of bfloat16 up to which tables pay although few blocks share them
+constexpr int64_t TABLED = 4;  // rows of the input whose tables stay in the first-level cache
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {
@@ -62,10 +64,17 @@ struct Part {
   int planes;              // of Input::BYTES
   int64_t pieces;          // of a row: what has a step of its own
   int64_t together;  // blocks at once: two hide the latency of sums at 4 bits, neighbours of 3 bits share tables
-  int64_t turns;     // runs of blocks
+  int64_t rows;      // of the input at once, and how many times
+  int64_t row_runs;
+  int64_t turns;     // runs of blocks, each as many times
 };
 
+int64_t size_of(int32_t dtype) { return dtype == BL_F32 ? 4 : 2; }
+
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Whether codes and scales are read as they lie; else each turn makes them so.
+bool ready(const bl_matrix& m) { return (m.flags & BL_ARRANGED) && scales_arranged(m) && m.zeros == nullptr && m.shifts == nullptr; }
 
 // Bytes of a prepared row of a part.
 int64_t prepared_bytes(const Part& part) {
@@ -74,29 +83,42 @@ int64_t prepared_bytes(const Part& part) {
     case Input::QUADS: return columns + part.pieces * 4 + 4;
     case Input::BYTES: return bits == 3 ? columns * 4 : part.units * part.planes * 128;
     case Input::SUMS: return part.units * 512;
+    case Input::TABLES: return 0;
     case Input::PAIRS: return columns * 2;
     default: return columns * 4;
   }
 }
 
+// How many rows of the input a turn takes.
+int64_t rows_of(const Part& part, int64_t rows) {
+  return part.input == Input::TABLES && ready(*part.matrix) && rows > TABLED ? TABLED : rows;
+}
+
 // How many blocks a turn takes: of neighbours as many as leave every thread a turn, less where each needs much memory.
 int64_t run_of(const Part& part, int64_t rows, int threads, const Kernels& table) {
   if (part.neighbours && part.input != Input::QUADS) {
-    const bool ready = scales_arranged(*part.matrix) && !part.offsets;  // other scales are turned first
-    const int64_t most = rows <= FEW && ready ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
+    const int64_t most = rows <= FEW && ready(*part.matrix) ? BESIDE : rows <= 64 ? 4 : 1, fair = part.blocks > 0 && threads > 1 ? (part.blocks + threads - 1) / threads : most;
     return fair < most ? fair : most;
+  }
+  if (part.input == Input::TABLES) {
+    const int64_t most = ready(*part.matrix) ? BESIDE : rows <= 64 ? 8 : 4, share = part.row_runs % threads == 0 ? 1 : threads;
+    const int64_t runs = share * ((part.blocks + most * share - 1) / (most * share));  // as long as each other, as many as threads
+    return runs > 0 ? (part.blocks + runs - 1) / runs : 1;
   }
   return rows == 1 && table.two_blocks && part.matrix->bits == 4 && part.input != Input::BYTES && part.input != Input::QUADS ? 2 : 1;
 }
 
-// Whether a few rows that fit planes of bytes are multiplied by them: where that is sooner done than by pairs in bfloat16.
-bool by_bytes(int32_t bits, int64_t rows, int32_t dtype) {
-  if (bits < 3) return true;
-  if (bits == 3) return rows == 1 || dtype != BL_BF16;
+// Whether rows that fit planes of bytes are multiplied by them: where that is sooner done than by pairs in bfloat16. With 1 and 2
+// bits a row then gets the same bits however many there are.
+bool by_bytes(const bl_matrix& m, int64_t rows, int32_t dtype, int32_t flags) {
+  if (flags & BL_INT8) return false;
+  if (m.bits < 3) return dtype != BL_BF16 || rows <= UNREADY || ready(m) || (flags & BL_INVARIANT);
+  if (flags & BL_INVARIANT) return false;
+  if (m.bits == 3) return rows == 1 || (rows <= FEW && dtype != BL_BF16);
   return rows == 1 && dtype != BL_BF16;
 }
 
-// `tame`: the few rows of the call fit planes of bytes.
+// `tame`: the rows of the call fit planes of bytes.
 Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t flags, const Kernels& table, bool tame) {
   const bl_matrix& m = *product.weight;
   Part part{};
@@ -111,7 +133,7 @@ Part part_of(const bl_product& product, int32_t dtype, int64_t rows, int32_t fla
   part.neighbours = part.arranged && table.bytes && m.bits == 3;
   part.planes = (dtype == BL_BF16 ? 2 : 3) + (m.bits == 3 ? 1 : 0);
   if (flags & BL_INT8) part.input = Input::QUADS;
-  else if (tame && by_bytes(m.bits, rows, dtype)) part.input = Input::BYTES;
+  else if (tame && by_bytes(m, rows, dtype, flags)) part.input = rows > FEW ? Input::TABLES : Input::BYTES;
   else if (dtype == BL_BF16 && table.pairs) part.input = Input::PAIRS;
   else if (rows == 1 && m.bits <= 2 && !(flags & BL_INVARIANT)) part.input = Input::SUMS;
   else part.input = Input::SINGLE;
@@ -130,20 +152,22 @@ bool same_input(const Part& a, const Part& b) {
 class Call {
  public:
   Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, Part* parts, int64_t count, int threads)
-      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count), threads_(threads) {
+      : table_(table), x_(x), row_(row), rows_(rows), parts_(parts), count_(count), threads_(threads < 1 ? 1 : threads) {
     for (int64_t i = 0; i < count; ++i) {
       Part& part = parts[i];
       part.same = 0;
       while (!same_input(parts[part.same], part)) ++part.same;
-      part.together = run_of(part, rows, threads, table);
-      part.turns = turns_of(part);
+      part.rows = rows_of(part, rows);
+      part.row_runs = part.rows > 0 ? (rows + part.rows - 1) / part.rows : 0;
+      part.together = run_of(part, rows, threads_, table);
+      part.turns = runs_of(part) * part.row_runs;
       turns_ += part.turns;
       if (part.same != i) {
         part.x = parts[part.same].x, part.sums = parts[part.same].sums, part.steps = parts[part.same].steps;
         continue;
       }
       part.x = bytes_, bytes_ += rows * part.x_bytes;
-      part.sums = bytes_, bytes_ += up(rows * part.groups * 4, 64);
+      part.sums = bytes_, bytes_ += part.offsets || part.input != Input::TABLES ? up(rows * part.groups * 4, 64) : 0;
       part.steps = bytes_, bytes_ += part.input == Input::BYTES ? up(rows * part.pieces * 4, 64) : 0;
     }
   }
@@ -163,7 +187,7 @@ class Call {
       if (shared == nullptr) fetch(multiplied.first(stretch));
       char* const mine = shared != nullptr ? shared : static_cast<char*>(inputs.get(bytes_));
       if (shared == nullptr) prepare(0, mine);
-      else prepared.share(rows_, [&](int64_t row) { prepare(row, shared); });
+      else if (bytes_ > 0) prepared.share(rows_, [&](int64_t row) { prepare(row, shared); });
       multiplied.share(stretch, [&](int64_t turn) { take_turn(turn, mine); });
     });
   }
@@ -172,18 +196,19 @@ class Call {
   // Runs that neighbours are cut into; the last ones of a matrix may be empty.
   static int64_t runs(const Part& part) { return (BESIDE + part.together - 1) / part.together; }
 
-  static int64_t turns_of(const Part& part) {
+  static int64_t runs_of(const Part& part) {
     if (!part.neighbours) return (part.blocks + part.together - 1) / part.together;
     return (part.blocks + BESIDE - 1) / BESIDE * runs(part);
   }
 
-  // The blocks of a turn: the first and how many.
+  // The blocks of a turn: the first and how many. Those that follow each other take other rows of the input.
   static int64_t first_of(const Part& part, int64_t turn) {
+    turn /= part.row_runs;
     return part.neighbours ? turn / runs(part) * BESIDE + turn % runs(part) * part.together : turn * part.together;
   }
 
   static int64_t count_of(const Part& part, int64_t turn) {
-    const int64_t first = first_of(part, turn), end = part.neighbours ? (turn / runs(part) + 1) * BESIDE : part.blocks;
+    const int64_t first = first_of(part, turn), end = part.neighbours ? (turn / part.row_runs / runs(part) + 1) * BESIDE : part.blocks;
     const int64_t left = (end < part.blocks ? end : part.blocks) - first;
     return left < part.together ? left : part.together;
   }
@@ -201,41 +226,47 @@ class Call {
   }
 
   void prepare(int64_t row, char* input) const {
-    const int64_t size = x_.dtype == BL_F32 ? 4 : 2;
-    for (int64_t i = 0; i < count_; ++i) {
-      const Part& part = parts_[i];
-      if (part.same != i) continue;
-      table_.prepare({
-          .input = part.input,
-          .bits = part.matrix->bits,
-          .dtype = x_.dtype,
-          .x = static_cast<const char*>(x_.values) + (row_ + row) * x_.stride * size,
-          .columns = x_.columns,
-          .units = part.units,
-          .levels = part.levels,
-          .planes = part.planes,
-          .steps = reinterpret_cast<float*>(input + part.steps) + row * part.pieces,
-          .out = input + part.x + row * part.x_bytes,
-          .sums = part.offsets ? reinterpret_cast<float*>(input + part.sums) + row * part.groups : nullptr,
-          .groups = part.groups,
-          .group_columns = part.matrix->groups > 1 ? part.matrix->group : x_.columns,
-      });
-    }
+    for (int64_t i = 0; i < count_; ++i)
+      if (parts_[i].same == i && (parts_[i].input != Input::TABLES || parts_[i].offsets)) table_.prepare(preparation(parts_[i], row, input));
   }
 
-  void take_turn(int64_t turn, const char* input) const {
+  Preparation preparation(const Part& part, int64_t row, char* input) const {
+    return {
+        .input = part.input,
+        .bits = part.matrix->bits,
+        .dtype = x_.dtype,
+        .x = static_cast<const char*>(x_.values) + (row_ + row) * x_.stride * size_of(x_.dtype),
+        .columns = x_.columns,
+        .units = part.units,
+        .levels = part.levels,
+        .planes = part.planes,
+        .steps = reinterpret_cast<float*>(input + part.steps) + row * part.pieces,
+        .out = input + part.x + row * part.x_bytes,
+        .sums = part.offsets ? reinterpret_cast<float*>(input + part.sums) + row * part.groups : nullptr,
+        .groups = part.groups,
+        .group_columns = part.matrix->groups > 1 ? part.matrix->group : x_.columns,
+    };
+  }
+
+  void take_turn(int64_t turn, char* input) const {
     int64_t i = 0;
     while (turn >= parts_[i].turns) turn -= parts_[i++].turns;
     const Part& part = parts_[i];
-    const int64_t row = first_of(part, turn) * BLOCK, count = count_of(part, turn);
+    const int64_t row = first_of(part, turn) * BLOCK, count = count_of(part, turn), first = turn % part.row_runs * part.rows;
     if (count <= 0) return;
+    const Rows x{first, rows_ - first < part.rows ? rows_ - first : part.rows};
     const bool whole = row + count * BLOCK <= part.matrix->rows;
-    if (count == 1 || whole || !part.arranged) return multiply(part, row, count, input);
-    multiply(part, row, count - 1, input);  // the last is the tail, in another order than the others
-    multiply(part, row + (count - 1) * BLOCK, 1, input);
+    if (count == 1 || whole || !part.arranged) return multiply(part, row, count, x, input);
+    multiply(part, row, count - 1, x, input);  // the last is the tail, in another order than the others
+    multiply(part, row + (count - 1) * BLOCK, 1, x, input);
   }
 
-  void multiply(const Part& part, int64_t row, int64_t blocks, const char* input) const {
+  // Some rows of the input.
+  struct Rows {
+    int64_t first, count;
+  };
+
+  void multiply(const Part& part, int64_t row, int64_t blocks, Rows x, char* input) const {
     const bl_matrix& m = *part.matrix;
     const int64_t rows = m.rows - row < blocks * BLOCK ? m.rows - row : blocks * BLOCK;
     const bool in_order = part.arranged && rows == blocks * BLOCK;
@@ -243,7 +274,7 @@ class Call {
     const Neighbours n = in_order && part.neighbours ? neighbours(m, row) : Neighbours{row, 1, 0};
     const int64_t words = in_order ? 0 : part.units * unit_words(m.bits) * BLOCK;
     const int64_t scales = halves && !part.offsets ? 0 : part.groups * BLOCK;
-    const int64_t floats = blocks * (words + 2 * scales + rows_ * BLOCK) + PIECE * BLOCK + 16;
+    const int64_t floats = blocks * (words + 2 * scales + x.count * BLOCK) + PIECE * BLOCK + 16;
     float* at = static_cast<float*>(room.get(floats * 4));
     uint32_t* gathered = reinterpret_cast<uint32_t*>(at);
     float *turned = at + blocks * words, *offsets = turned + blocks * scales, *totals = offsets + blocks * scales;
@@ -254,12 +285,13 @@ class Call {
       if (!in_order) table_.gather(where, gathered + b * words);
       if (!halves || part.offsets)
         table_.turn_scales(where, in_order, turned + b * scales, part.offsets ? offsets + b * scales : nullptr);
-      begin(part, where, totals + b * rows_ * BLOCK);
+      begin(part, where, x, totals + b * x.count * BLOCK);
     }
+    const Preparation given = preparation(part, x.first, input);
     table_.product({
         .bits = m.bits,
         .input = part.input,
-        .rows = rows_,
+        .rows = x.count,
         .blocks = blocks,
         .groups = part.groups,
         .group_units = part.group_units,
@@ -267,28 +299,30 @@ class Call {
         .beside = n.beside,
         .place = n.place,
         .planes = part.planes,
-        .steps = reinterpret_cast<const float*>(input + part.steps),
+        .steps = reinterpret_cast<const float*>(input + part.steps) + x.first * part.pieces,
         .levels = part.levels,
         .scales = halves ? nullptr : turned,
         .halves = static_cast<const uint16_t*>(m.scales) + n.first * m.groups,
         .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
         .offsets = part.offsets ? offsets : nullptr,
-        .x = input + part.x,
+        .x = input + part.x + x.first * part.x_bytes,
         .x_stride = part.x_bytes / 4,
-        .sums = reinterpret_cast<const float*>(input + part.sums),
+        .given = &given,
+        .given_stride = x_.stride * size_of(x_.dtype),
+        .sums = reinterpret_cast<const float*>(input + part.sums) + x.first * part.groups,
         .totals = totals,
         .next = static_cast<const char*>(m.scales) + (row + rows) * scale_bytes * m.groups,
         .next_bytes = blocks * BLOCK * scale_bytes,
-        .tile = totals + blocks * rows_ * BLOCK,
+        .tile = totals + blocks * x.count * BLOCK,
     });
     const bl_product& p = *part.product;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t begin = row + b * BLOCK, left = m.rows - begin;
       table_.finish({
-          .totals = totals + b * rows_ * BLOCK,
-          .rows = rows_,
+          .totals = totals + b * x.count * BLOCK,
+          .rows = x.count,
           .columns = left < BLOCK ? left : BLOCK,
-          .out = static_cast<char*>(p.out) + (row_ * p.stride + begin) * (p.dtype == BL_F32 ? 4 : 2),
+          .out = static_cast<char*>(p.out) + ((row_ + x.first) * p.stride + begin) * size_of(p.dtype),
           .stride = p.stride,
           .dtype = p.dtype,
       });
@@ -296,13 +330,13 @@ class Call {
   }
 
   // What totals start from: bias and addend are added before the sum is rounded to the output's dtype.
-  void begin(const Part& part, const Block& where, float* totals) const {
+  void begin(const Part& part, const Block& where, Rows x, float* totals) const {
     const bl_product& p = *part.product;
-    for (int64_t row = 0; row < rows_; ++row) {
+    for (int64_t row = 0; row < x.count; ++row) {
       float* to = totals + row * BLOCK;
       std::memset(to, 0, BLOCK * sizeof *to);
       if (p.addend != nullptr)
-        std::memcpy(to, p.addend + (row_ + row) * part.matrix->rows + where.row, static_cast<size_t>(where.rows) * 4);
+        std::memcpy(to, p.addend + (row_ + x.first + row) * part.matrix->rows + where.row, static_cast<size_t>(where.rows) * 4);
       if (p.bias != nullptr)
         for (int64_t i = 0; i < where.rows; ++i) to[i] += p.bias[where.row + i];
     }
@@ -317,13 +351,19 @@ class Call {
   int64_t turns_ = 0, bytes_ = 0;
 };
 
-// Whether all rows fit planes of bytes; more than FEW of them are multiplied otherwise.
-bool tame(const Kernels& table, const bl_input& x) {
-  const int64_t size = x.dtype == BL_F32 ? 4 : 2;
-  bool all = x.rows <= FEW;
-  for (int64_t row = 0; row < x.rows && all; ++row)
-    all = table.tame(static_cast<const char*>(x.values) + row * x.stride * size, x.columns, x.dtype);
-  return all;
+// Rows of the input that follow each other and all fit planes of bytes, or all do not: which they are is decided row by row.
+struct Stretch {
+  int64_t rows;
+  bool tame;
+};
+
+Stretch stretch_of(const Kernels& table, const bl_input& x, int64_t row, bool wanted) {
+  const auto tame = [&](int64_t i) {
+    return wanted && table.tame(static_cast<const char*>(x.values) + i * x.stride * size_of(x.dtype), x.columns, x.dtype);
+  };
+  Stretch found{1, tame(row)};
+  while (found.rows < ROWS_AT_ONCE && row + found.rows < x.rows && tame(row + found.rows) == found.tame) ++found.rows;
+  return found;
 }
 
 bool known(int32_t dtype) { return dtype == BL_F32 || dtype == BL_BF16 || dtype == BL_F16; }
@@ -365,12 +405,13 @@ int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t coun
     bl::Part parts[AT_ONCE];
     const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
     bool wanted = false;  // by any of them: looking at every value of the input is not free
-    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(products[first + i].weight->bits, x->rows, x->dtype);
-    const bool tame = wanted && table->bytes && !(flags & (BL_INVARIANT | BL_INT8)) && bl::tame(*table, *x);
-    for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, tame);
-    for (int64_t row = 0; row < x->rows; row += bl::ROWS_AT_ONCE) {
-      const int64_t left = x->rows - row, rows = left < bl::ROWS_AT_ONCE ? left : bl::ROWS_AT_ONCE;
-      bl::Call(*table, *x, row, rows, parts, some, threads).go();
+    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(*products[first + i].weight, x->rows, x->dtype, flags);
+    wanted = wanted && table->bytes;
+    for (int64_t row = 0; row < x->rows;) {
+      const bl::Stretch stretch = bl::stretch_of(*table, *x, row, wanted);
+      for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, stretch.tame);
+      bl::Call(*table, *x, row, stretch.rows, parts, some, threads).go();
+      row += stretch.rows;
     }
   }
   return 0;

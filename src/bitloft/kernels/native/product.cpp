@@ -23,6 +23,7 @@ namespace bl::BL_ISA {
 
 void prepare_planes(const Preparation& p);  // product_bytes.cpp
 void by_bytes(const Product& p);
+void by_tables(const Product& p);
 void prepare_eight_bits(const Preparation& p);
 void by_quads(const Product& p);
 void prepare_threes(const Preparation& p);  // product_sixes.cpp
@@ -447,6 +448,7 @@ void prepare(const Preparation& p) {
     for (int64_t i = begin; i < end && i < p.columns; ++i) sum += value_of(p.x, i, p.dtype);
     p.sums[group] = sum;
   }
+  if (p.input == Input::TABLES) return;
   if (p.input == Input::BYTES && p.bits == 3) prepare_threes(p);
   else if (p.input == Input::BYTES) prepare_planes(p);
   else if (p.input == Input::QUADS) prepare_eight_bits(p);
@@ -477,6 +479,8 @@ void product(const Product& p) {
   if (p.input == Input::BYTES) {
     if (p.bits == 3) by_sixes(p);
     else by_bytes(p);
+  } else if (p.input == Input::TABLES) {
+    by_tables(p);
   } else if (p.input == Input::QUADS) {
     by_quads(p);
   } else if (p.input == Input::SUMS) {

@@ -31,6 +31,7 @@ enum class Input {
   PAIRS,   // bfloat16
   SUMS,    // one row; 1 and 2 bits: for each four bits of codes the sixteen sums that they may stand for
   BYTES,   // few rows: such sums as whole numbers, their bytes in planes (product_bytes.cpp; 3 bits: product_sixes.cpp)
+  TABLES,  // many rows: as BYTES, but as it came: tables are made where they are used
   QUADS,   // 8 bits, a scale for each row (product_bytes.cpp)
 };
 
@@ -76,6 +77,8 @@ struct Product {
   const float* offsets;  // [groups][64] or nullptr: added group_sum times
   const void* x;
   int64_t x_stride;      // words of 32 bits from row to row
+  const Preparation* given;  // TABLES: the first row of the input as it came
+  int64_t given_stride;      // bytes from row to row of it
   const float* sums;     // [rows][groups]: of the input's values in a group; used with offsets
   float* totals;         // [rows][64], added to
   const char* next;      // the scales of the block behind, fetched while this one is multiplied, or nullptr

@@ -1,4 +1,4 @@
-// A few rows of input: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
+// One row of input, or any number of them with 1 and 2 bits: four bits of codes choose one of sixteen sums of products, as in by_sums of product.cpp, but the sums are whole numbers, and their bytes lie in planes.
 //
 // A permute of bytes looks sixty-four of them up at once, four sums of each of sixteen rows, and a dot product with ones
 // adds the four. In float32 the same takes twice the instructions: each register holds sixteen sums, not sixty-four.
@@ -74,82 +74,100 @@ struct Index {
   }
 };
 
+// Tables of sums of one row, piece by piece.
+template <int BITS, int PLANES>
+class Tables {
+ public:
+  static constexpr int64_t UNIT = STEPS * SPAN * PLANES;  // bytes of a unit
+
+  explicit Tables(const float* levels) {
+    for (int i = 0; i < COLUMNS<BITS>; ++i)
+      for (int c = 0; c < 16; ++c) level_[i][c] = levels[c >> BITS * i & ((1 << BITS) - 1)];
+    for (int c = 0; c < 1 << BITS; ++c) largest_ = fabsf(levels[c]) > largest_ ? fabsf(levels[c]) : largest_;
+  }
+
+  // Of `count` columns from `begin` on, a piece; returns what 1 stands for.
+  float make(const Preparation& p, int64_t begin, int64_t count, uint8_t* to) const {
+    // sums of up to 256 numbers stay below 2^31
+    const float top = PLANES == 2 ? 32752.0f : count / COLUMNS<BITS> > 128 ? 4194000.0f : 8388000.0f;
+    alignas(64) float x[PIECE];
+    const float most = widen(p, begin, count, x) * largest_ * COLUMNS<BITS>;
+    const float scale = most > SMALLEST ? top / most : top / SMALLEST;
+    __m512 table[COLUMNS<BITS>];
+    for (int i = 0; i < COLUMNS<BITS>; ++i) table[i] = _mm512_mul_ps(_mm512_load_ps(level_[i]), _mm512_set1_ps(scale));
+    for (const float* unit = x; unit < x + count; unit += unit_columns(BITS))
+#pragma GCC unroll 2
+      for (int i = 0; i < STEPS; ++i, to += SPAN * PLANES) {
+        __m512i sums[4];
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) {
+          __m512 sum = _mm512_mul_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b)]), table[0]);
+          for (int c = 1; c < COLUMNS<BITS>; ++c)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b) + c]), table[c], sum);
+          sums[b] = _mm512_cvtps_epi32(sum);
+        }
+        planes_.store<PLANES>(sums, to);
+      }
+    return 1 / scale;
+  }
+
+ private:
+  const Planes planes_;
+  alignas(64) float level_[COLUMNS<BITS>][16];
+  float largest_ = 0;
+};
+
 template <int BITS, int PLANES>
 void prepare_bytes(const Preparation& p) {
-  constexpr int COLUMNS = bl::BL_ISA::COLUMNS<BITS>;
-  const Planes planes;
-  alignas(64) float level[COLUMNS][16], x[PIECE];
-  float largest = 0;
-  for (int i = 0; i < COLUMNS; ++i)
-    for (int c = 0; c < 16; ++c) level[i][c] = p.levels[c >> BITS * i & ((1 << BITS) - 1)];
-  for (int c = 0; c < 1 << BITS; ++c) largest = fabsf(p.levels[c]) > largest ? fabsf(p.levels[c]) : largest;
+  const Tables<BITS, PLANES> tables(p.levels);
   const int64_t width = p.units * unit_columns(BITS), group = width / p.groups;
   uint8_t* to = static_cast<uint8_t*>(p.out);
   float* step = p.steps;
   for (int64_t end = group, begin = 0; begin < width; end += group)
     for (int64_t count; begin < end; begin += count) {
       count = end - begin < PIECE ? end - begin : PIECE;
-      // sums of up to 256 numbers stay below 2^31
-      const float top = PLANES == 2 ? 32752.0f : count / COLUMNS > 128 ? 4194000.0f : 8388000.0f;
-      const float most = widen(p, begin, count, x) * largest * COLUMNS;
-      const float scale = most > SMALLEST ? top / most : top / SMALLEST;
-      *step++ = 1 / scale;
-      __m512 table[COLUMNS];
-      for (int i = 0; i < COLUMNS; ++i) table[i] = _mm512_mul_ps(_mm512_load_ps(level[i]), _mm512_set1_ps(scale));
-      for (const float* unit = x; unit < x + count; unit += unit_columns(BITS))
-#pragma GCC unroll 2
-        for (int i = 0; i < STEPS; ++i, to += SPAN * PLANES) {
-          __m512i sums[4];
-#pragma GCC unroll 4
-          for (int b = 0; b < 4; ++b) {
-            __m512 sum = _mm512_mul_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b)]), table[0]);
-            for (int c = 1; c < COLUMNS; ++c)
-              sum = _mm512_fmadd_ps(_mm512_set1_ps(unit[column_of<BITS>(i, b) + c]), table[c], sum);
-            sums[b] = _mm512_cvtps_epi32(sum);
-          }
-          planes.store<PLANES>(sums, to);
-        }
+      *step++ = tables.make(p, begin, count, to);
+      to += count / unit_columns(BITS) * tables.UNIT;
     }
 }
 
-// Sums of `units` units for TOGETHER rows of the input, whose tables lie `apart` bytes from each other: an index is made once for
-// all of them.
-template <int BITS, int PLANES, int TOGETHER>
+// Sums of `units` units for TOGETHER rows of the input, whose tables lie `apart` bytes from each other, and SOME vectors of a
+// block: an index is made once for all rows.
+template <int BITS, int PLANES, int TOGETHER, int SOME = VECTORS>
 struct Sums {
-  __m512i of[TOGETHER][PLANES][VECTORS];
+  __m512i of[TOGETHER][PLANES][SOME];
 
-  BL_INLINE void add(const Index& index, const uint32_t* codes, const uint8_t* table, int64_t apart, int64_t units, bool fetch) {
+  BL_INLINE void add(const Index& index, const uint32_t* codes, const uint8_t* table, int64_t apart, int64_t units, const char* next) {
     constexpr int64_t WORDS = unit_words(BITS) * BLOCK;
     const __m512i ones = _mm512_set1_epi8(1);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 3
       for (int k = 0; k < PLANES; ++k)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) of[r][k][v] = _mm512_setzero_si512();
+        for (int v = 0; v < SOME; ++v) of[r][k][v] = _mm512_setzero_si512();
     for (int64_t u = units; u > 0; --u, codes += WORDS) {
-      if (fetch) {
+      if (next != nullptr) {
 #pragma GCC unroll 12
-        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(reinterpret_cast<const char*>(codes + i) + FAR, _MM_HINT_T1);
+        for (int64_t i = 0; i < WORDS; i += 16) _mm_prefetch(next + 4 * i, _MM_HINT_T1);
+        next += 4 * WORDS;
       }
 #pragma GCC unroll 2
       for (int i = 0; i < STEPS; ++i, table += SPAN * PLANES) {
-        __m512i bytes[TOGETHER][PLANES];
-#pragma GCC unroll 2
+        __m512i chosen[SOME];
+#pragma GCC unroll 4
+        for (int v = 0; v < SOME; ++v) chosen[v] = index.of(codes + v * 16, i);
+#pragma GCC unroll 4
         for (int r = 0; r < TOGETHER; ++r)
 #pragma GCC unroll 3
-          for (int k = 0; k < PLANES; ++k) bytes[r][k] = _mm512_load_si512(table + r * apart + SPAN * k);
+          for (int k = 0; k < PLANES; ++k) {
+            const __m512i bytes = _mm512_load_si512(table + r * apart + SPAN * k);
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) {
-          const __m512i chosen = index.of(codes + v * 16, i);
-#pragma GCC unroll 2
-          for (int r = 0; r < TOGETHER; ++r) {
-#pragma GCC unroll 2
-            for (int k = 0; k < PLANES - 1; ++k)
-              of[r][k][v] = _mm512_dpbusd_epi32(of[r][k][v], _mm512_permutexvar_epi8(chosen, bytes[r][k]), ones);
-            of[r][PLANES - 1][v] = _mm512_dpbusd_epi32(of[r][PLANES - 1][v], ones, _mm512_permutexvar_epi8(chosen, bytes[r][PLANES - 1]));
+            for (int v = 0; v < SOME; ++v) {
+              const __m512i found = _mm512_permutexvar_epi8(chosen[v], bytes);
+              of[r][k][v] = k < PLANES - 1 ? _mm512_dpbusd_epi32(of[r][k][v], found, ones) : _mm512_dpbusd_epi32(of[r][k][v], ones, found);
+            }
           }
-        }
       }
     }
   }
@@ -185,7 +203,7 @@ void multiply_bytes(const Product& p) {
     for (int64_t left = p.group_units; left > 0; left -= most) {
       const int64_t units = left < most ? left : most;
       Sums<BITS, PLANES, 1> sums;
-      sums.add(index, codes, table, 0, units, true);
+      sums.add(index, codes, table, 0, units, reinterpret_cast<const char*>(codes) + FAR);
       codes += units * WORDS, table += units * STEPS * SPAN * PLANES;
       const __m512 factor = _mm512_set1_ps(*step++ * p.unit);
 #pragma GCC unroll 4
@@ -201,7 +219,8 @@ template <int BITS, int PLANES, int TOGETHER>
 BL_INLINE void multiply_piece(const Product& p, const Index& index, int64_t row, int64_t group, int64_t piece, int64_t pieces, int64_t unit, int64_t units) {
   const int64_t apart = p.x_stride * 4;
   Sums<BITS, PLANES, TOGETHER> sums;
-  sums.add(index, p.codes + unit * (unit_words(BITS) * BLOCK), static_cast<const uint8_t*>(p.x) + row * apart + unit * (STEPS * SPAN * PLANES), apart, units, row == 0);
+  const uint32_t* codes = p.codes + unit * (unit_words(BITS) * BLOCK);
+  sums.add(index, codes, static_cast<const uint8_t*>(p.x) + row * apart + unit * (STEPS * SPAN * PLANES), apart, units, row == 0 ? reinterpret_cast<const char*>(codes) + FAR : nullptr);
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) {
     const __m512 scale = scales_at(p, group * BLOCK + v * 16);
@@ -232,6 +251,80 @@ void multiply_bytes_of_rows(const Product& p) {
     fetch_next(p, group);
   }
 }
+
+// Many rows and many blocks: what follows is done for up to 256 columns at a time, some rows of them, one block after the other, so
+// that tables, made on the spot, stay in the first-level cache. Each row gets what it gets alone.
+template <int BITS, int PLANES>
+class Many {
+ public:
+  explicit Many(const Product& p) : p_(p), tables_(p.levels) {}
+
+  void multiply() {
+    if (p_.group_units == 0) return;
+    const int64_t pieces = p_.group_units < MOST ? MOST / p_.group_units : 1;  // groups at once
+    for (int64_t group = 0; group < p_.groups; group += pieces)
+      for (units_ = 0, unit_ = 0; unit_ < p_.group_units; unit_ += units_) {
+        const int64_t left = p_.group_units - unit_;
+        units_ = left < MOST ? left : MOST;
+        group_ = group, pieces_ = p_.groups - group < pieces ? p_.groups - group : pieces;
+        for (int64_t row = 0; row < p_.rows; row += ROWS) multiply_rows(row, p_.rows - row < ROWS ? p_.rows - row : ROWS);
+      }
+  }
+
+ private:
+  static constexpr int64_t MOST = PIECE / unit_columns(BITS), UNIT = Tables<BITS, PLANES>::UNIT, APART = MOST * UNIT;
+  static constexpr int64_t ROWS = 4;  // whose tables stay in the first-level cache
+
+  const uint32_t* codes(int64_t block) const {
+    return p_.codes + (block * p_.groups * p_.group_units + group_ * p_.group_units + unit_) * BLOCK;
+  }
+
+  void multiply_rows(int64_t row, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      Preparation x = *p_.given;
+      x.x = static_cast<const char*>(x.x) + (row + r) * p_.given_stride;
+      for (int64_t piece = 0; piece < pieces_; ++piece) {
+        const int64_t first = (group_ + piece) * p_.group_units + unit_;
+        steps_[r][piece] = p_.unit * tables_.make(x, first * unit_columns(BITS), units_ * unit_columns(BITS), table_ + r * APART + piece * units_ * UNIT);
+      }
+    }
+    for (int64_t block = 0; block < p_.blocks; ++block) {
+      const char* next = row > 0 ? nullptr : reinterpret_cast<const char*>(block + 1 < p_.blocks ? codes(block + 1) : codes(0) + MOST * BLOCK);
+      for (int64_t piece = 0; piece < pieces_; ++piece) {
+        const char* ahead = next != nullptr ? next + piece * units_ * BLOCK * 4 : nullptr;
+        if (rows == 4) multiply_piece<4>(block, row, piece, ahead);
+        else if (rows == 3) multiply_piece<3>(block, row, piece, ahead);
+        else if (rows == 2) multiply_piece<2>(block, row, piece, ahead);
+        else multiply_piece<1>(block, row, piece, ahead);
+      }
+    }
+  }
+
+  template <int AT_ONCE>
+  BL_INLINE void multiply_piece(int64_t block, int64_t row, int64_t piece, const char* next) {
+    constexpr int SOME = AT_ONCE * PLANES <= 4 ? 4 : AT_ONCE * PLANES <= 8 ? 2 : 1;  // sums that fit the registers
+    for (int first = 0; first < VECTORS; first += SOME) {
+      Sums<BITS, PLANES, AT_ONCE, SOME> sums;
+      sums.add(index_, codes(block) + piece * units_ * BLOCK + first * 16, table_ + piece * units_ * UNIT, APART, units_, first == 0 ? next : nullptr);
+#pragma GCC unroll 4
+      for (int v = 0; v < SOME; ++v) {
+        const __m512 scale = scales_at(p_, p_.scale_at(group_ + piece, block) + (first + v) * 16);
+#pragma GCC unroll 4
+        for (int i = 0; i < AT_ONCE; ++i) {
+          float* total = p_.totals + (block * p_.rows + row + i) * BLOCK + (first + v) * 16;
+          _mm512_storeu_ps(total, sums.scaled(i, v, _mm512_mul_ps(scale, _mm512_set1_ps(steps_[i][piece])), _mm512_loadu_ps(total)));
+        }
+      }
+    }
+  }
+
+  const Product& p_;
+  const Tables<BITS, PLANES> tables_;
+  const Index index_;
+  int64_t group_ = 0, unit_ = 0, units_ = 0, pieces_ = 0;
+  float steps_[ROWS][MOST];
+  alignas(64) uint8_t table_[ROWS * APART];
+};
 
 // ---- input in 8 bits --------------------------------------------------------------------------------------------------
 //
@@ -385,15 +478,25 @@ void multiply_quads(const Product& p) {
 
 }  // namespace
 
+// The largest magnitude decides: without their sign numbers follow each other as their bits do, with infinity and what is no number
+// behind the others.
 bool tame(const void* x, int64_t count, int32_t dtype) {
-  __m512 most = _mm512_setzero_ps(), other = _mm512_setzero_ps();  // a NaN is lost in a maximum, not in a sum of x - x
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 value = count - i >= 16 ? numbers(x, i, dtype) : some_numbers(x, i, count - i, dtype);
-    most = _mm512_max_ps(most, _mm512_abs_ps(value));
-    other = _mm512_add_ps(other, _mm512_sub_ps(value, value));
+  const uint8_t* bytes = static_cast<const uint8_t*>(x);
+  const int64_t size = dtype == BL_F32 ? 4 : 2;
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count * size; i += 64) {
+    const int64_t left = count * size - i;
+    const __m512i read = left >= 64 ? _mm512_loadu_si512(bytes + i) : _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - left), bytes + i);
+    if (dtype == BL_F32) most = _mm512_max_epu32(most, _mm512_and_si512(read, _mm512_set1_epi32(0x7fffffff)));
+    else most = _mm512_max_epu16(most, _mm512_and_si512(read, _mm512_set1_epi16(0x7fff)));
   }
-  const float largest = _mm512_reduce_max_ps(most);
-  return largest < HUGE_ROW && (largest > TINY_ROW || largest == 0) && _mm512_reduce_add_ps(other) == 0;
+  if (dtype != BL_F32) most = _mm512_max_epu32(_mm512_srli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0xffff)));
+  const uint32_t largest = _mm512_reduce_max_epu32(most);
+  if (dtype == BL_F16) return largest < 0x7c00;  // halves are neither huge nor tiny
+  float value;
+  const uint32_t bits = dtype == BL_F32 ? largest : largest << 16;
+  std::memcpy(&value, &bits, sizeof value);
+  return value < HUGE_ROW && (value > TINY_ROW || value == 0);
 }
 
 void prepare_planes(const Preparation& p) {
@@ -416,6 +519,12 @@ void by_bytes(const Product& p) {
     case 2: return two ? multiply_bytes<2, 2>(p) : multiply_bytes<2, 3>(p);
     default: return two ? multiply_bytes<4, 2>(p) : multiply_bytes<4, 3>(p);
   }
+}
+
+void by_tables(const Product& p) {
+  const bool two = p.planes == 2;
+  if (p.bits == 1) return two ? Many<1, 2>(p).multiply() : Many<1, 3>(p).multiply();
+  return two ? Many<2, 2>(p).multiply() : Many<2, 3>(p).multiply();
 }
 
 void prepare_eight_bits(const Preparation& p) {
@@ -441,6 +550,7 @@ void by_quads(const Product& p) {
 bool tame(const void*, int64_t, int32_t) { return false; }
 void prepare_planes(const Preparation&) {}
 void by_bytes(const Product&) {}
+void by_tables(const Product&) {}
 void prepare_eight_bits(const Preparation&) {}
 void by_quads(const Product&) {}
 
