@@ -35,6 +35,7 @@ from bitloft.serve.engine import Engine
 from bitloft.serve.requests import Request, RequestError, Sampling
 from bitloft.serve.store import AdapterStore
 from tests.serving import make_base, signatures, slowed, write_signature
+from tests.watching import resident
 
 TOKENS = 6
 GAP = 0.01
@@ -455,10 +456,6 @@ def test_answers_do_not_depend_on_the_batch(place: Place, threads: int) -> None:
 
 
 # ---- R5, R23, R24 ----------------------------------------------------------------------------------------------------
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_overload_is_bounded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
