@@ -242,19 +242,21 @@ class Decoder:
         self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None] | None
     ) -> Float[Tensor, "rows vocabulary"]:
         """The head's product; ``names`` where an adapter touches it: its deltas then follow the rows of the call."""
+        head = self.model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and takes(head.weight)
         if names is None:
-            return self._logits(hidden)
+            return dense_linear(hidden, head.weight.data) if plain else self._logits(hidden)
         with self.bank.rows(names):
-            logits: Tensor = self.model.lm_head(hidden)
+            logits: Tensor = (
+                self.bank.added(HEAD, hidden, dense_linear(hidden, head.weight.data)) if plain else head(hidden)
+            )
         return logits
 
     def _logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
-        """The product of the head alone. A plain one gives a row the same bits whatever lies beside it; so that others
-        do where ``batch_invariant`` asks for it, they see always the same number of rows, or one at a time where
+        """The product of a packed head. So that it gives a row the same bits whatever lies beside it where
+        ``batch_invariant`` asks for that, a table always sees the same number of rows, or one at a time where
         ``_steady`` finds that this does not help."""
         head = self.model.lm_head
-        if type(head) is nn.Linear and head.bias is None and takes(head.weight):
-            return dense_linear(hidden, head.weight.data)
         if not self._invariant or isinstance(head, QuantLinear):
             found: Tensor = head(hidden)
             return found
