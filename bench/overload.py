@@ -1,7 +1,7 @@
 """Overload: `bitloft serve` in a process of its own under ten times what it can do.
 
-What it can do is measured first, by as many clients as it has rows. Then requests arrive at random times at ten times
-that rate, whatever becomes of them. Adapters are copies of packed ones (bench/served/adapters.py), by Zipf's law.
+What it can do is measured first, warm, by as many clients as it has rows. Then requests arrive at random times at ten
+times that rate, whatever becomes of them. Adapters are copies of packed ones (bench/served/adapters.py), by Zipf's law.
 
 refused_ms_p50, _p95, _p99  from sending a request to reading the whole 429, the client's own work included
 refused_without_retry_after refusals that do not say when to come again
@@ -82,7 +82,11 @@ def measured(given: argparse.Namespace, size: Size, place: Path, temporary: Path
             os.link(file, served / path.name / file.name)
     with server(base, served, size) as (pid, url):
         harness.say(f"{size.calm} requests of {size.rows} clients")
-        calm = load(url, LoadOptions(requests=size.calm, clients=size.rows, max_tokens=size.answer, check=False))
+        alone = LoadOptions(clients=size.rows, max_tokens=size.answer, check=False)
+        load(
+            url, replace(alone, requests=2 * size.rows)
+        )  # what is done once: a calm run that begins cold flatters the flood
+        calm = load(url, replace(alone, requests=size.calm))
         rate = TIMES * calm.requests_per_second
         crowd_of = LoadOptions(rate=rate, max_tokens=size.answer, check=False)
         load(url, replace(crowd_of, requests=max(int(rate), 8)))  # the queue's memory is there now
