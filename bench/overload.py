@@ -1,7 +1,7 @@
 """Overload: `bitloft serve` in a process of its own under ten times what it can do.
 
-What it can do is measured first, by as many clients as it has rows. Then requests arrive at random times at ten times
-that rate, whatever becomes of them. Adapters are copies of packed ones (bench/served/adapters.py), by Zipf's law.
+What it can do is measured first, warm, by as many clients as it has rows. Then requests arrive at random times at ten
+times that rate, whatever becomes of them. Adapters are copies of packed ones (bench/served/adapters.py), by Zipf's law.
 
 refused_ms_p50, _p95, _p99  from sending a request to reading the whole 429, the client's own work included
 refused_without_retry_after refusals that do not say when to come again
@@ -11,27 +11,28 @@ most_waiting                in the queue, at most (its cap is ``queue``)
 """
 
 import argparse
-import asyncio
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import harness
-from served import adapters as made
-from served import arguments
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT)]
 
-from bitloft.options import LoadOptions
-from bitloft.quantize import quantize
-from bitloft.serve.client import Target, get
-from bitloft.serve.load import load
+import harness  # noqa: E402
+from served import adapters as made  # noqa: E402
+from served import arguments  # noqa: E402
+from tests.watching import watched  # noqa: E402
+
+from bitloft.options import LoadOptions  # noqa: E402
+from bitloft.quantize import quantize  # noqa: E402
+from bitloft.serve.load import load  # noqa: E402
 
 GOALS = {"refused_ms_p99": 50.0, "memory_growth": 0.05, "goodput_share": 0.8}
 TIMES = 10
@@ -81,7 +82,11 @@ def measured(given: argparse.Namespace, size: Size, place: Path, temporary: Path
             os.link(file, served / path.name / file.name)
     with server(base, served, size) as (pid, url):
         harness.say(f"{size.calm} requests of {size.rows} clients")
-        calm = load(url, LoadOptions(requests=size.calm, clients=size.rows, max_tokens=size.answer, check=False))
+        alone = LoadOptions(clients=size.rows, max_tokens=size.answer, check=False)
+        load(
+            url, replace(alone, requests=2 * size.rows)
+        )  # what is done once: a calm run that begins cold flatters the flood
+        calm = load(url, replace(alone, requests=size.calm))
         rate = TIMES * calm.requests_per_second
         crowd_of = LoadOptions(rate=rate, max_tokens=size.answer, check=False)
         load(url, replace(crowd_of, requests=max(int(rate), 8)))  # the queue's memory is there now
@@ -125,31 +130,6 @@ def server(base: Path, adapters: Path, size: Size) -> Iterator[tuple[int, str]]:
     finally:
         found.kill()
         found.communicate()
-
-
-@contextmanager
-def watched(pid: int, url: str) -> Iterator[list[tuple[int, int]]]:
-    """(resident bytes, requests that wait), four times a second; the first at once."""
-    seen: list[tuple[int, int]] = []
-    stop = threading.Event()
-
-    def look() -> None:
-        _, ready = asyncio.run(get(Target.parse(url), "/health/ready"))
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), int(ready["waiting"])))
-
-    def watch() -> None:
-        while not stop.wait(0.25):
-            look()
-
-    look()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
 
 
 if __name__ == "__main__":

@@ -151,7 +151,10 @@ def shorten(file: Path) -> None:
         (lambda d: shutil.rmtree(d), "is not a directory; give the folder of a PEFT adapter"),
         (lambda d: (d / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "not valid JSON"),
-        (lambda d: (d / "adapter_config.json").write_text(" " * (5 << 20)), "has 5242880 bytes; an adapter's config"),
+        (
+            lambda d: (d / "adapter_config.json").write_text(" " * (5 << 20)),
+            "has 5242880 bytes; such a file stays under",
+        ),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (
             lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),

@@ -26,6 +26,7 @@ LAYERS = (
     ("solvers", "checkpoint"),
     ("shards", "journal"),
     ("slots", "float8"),
+    ("folder",),
     ("adapter_config",),
     ("adapter_table",),
     ("adapter_files",),

@@ -5,51 +5,21 @@ is answered, and what is answered in a second stays near what it was without the
 milliseconds is for the bench (bench/overload.py): a test shares its cores.
 """
 
-import asyncio
-import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bitloft.options import LoadOptions
 from bitloft.quantize import quantize
-from bitloft.serve.client import Target, get
 from bitloft.serve.load import Report, load
 from tests.helpers import make_adapter, tiny_llama
 from tests.serving import process
+from tests.watching import watched
 
 QUEUE, ROWS = 24, 2
 ANSWER = 64  # tokens
 FLAGS = ("--max-queue", str(QUEUE), "--max-batch", str(ROWS), "--adapter-share", "1.0")
-
-
-def resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def watched(pid: int, url: str) -> Iterator[list[tuple[int, int]]]:
-    """(resident bytes, requests that wait), four times a second."""
-    seen: list[tuple[int, int]] = []
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.25):
-            _, ready = asyncio.run(get(Target.parse(url), "/health/ready"))
-            seen.append((resident(pid), int(ready["waiting"])))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join(60)
 
 
 @pytest.fixture(scope="module")

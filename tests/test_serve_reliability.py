@@ -33,6 +33,7 @@ from bitloft.serve.engine import EngineStats
 from bitloft.serve.http import Server, background, open_service
 from tests.helpers import make_adapter
 from tests.serving import CHAT, World, connect, error_of, process, raw, slowed, until
+from tests.watching import repeated
 
 # R1. No wrong-adapter answer.
 
@@ -316,22 +317,14 @@ def test_killed_servers_come_back_whole(world: World) -> None:
 @contextmanager
 def probed(url: str) -> Iterator[list[float]]:
     """Ask for liveness all the time; yields the seconds that each answer took."""
-    times: list[float] = []
-    stop = threading.Event()
 
-    def probe() -> None:
-        while not stop.wait(0.05):
-            began = time.monotonic()
-            status = raw(url, "GET", "/health/live")[0]
-            times.append(time.monotonic() - began if status == 200 else float("inf"))
+    def look() -> float:
+        began = time.monotonic()
+        status = raw(url, "GET", "/health/live")[0]
+        return time.monotonic() - began if status == 200 else float("inf")
 
-    thread = threading.Thread(target=probe)
-    thread.start()
-    try:
+    with repeated(look, 0.05) as times:
         yield times
-    finally:
-        stop.set()
-        thread.join(60)
 
 
 def send(url: str, *pieces: bytes, count: int = 1) -> bytes:

@@ -6,12 +6,16 @@ from shutil import copytree
 
 import pytest
 
+from bitloft.compress import compress
 from bitloft.errors import CheckpointError
 from bitloft.integrations.loading import load
+from bitloft.integrations.record import base_record
 from bitloft.modules.multi import AdapterBank
+from bitloft.quantize import quantize
 from bitloft.serve.requests import RequestError
 from bitloft.serve.residency import MARGIN
 from bitloft.serve.store import NAME, AdapterStore
+from tests.helpers import make_adapter, tiny_llama
 from tests.serving import PACKED, PLAIN, World
 
 REASONS = {
@@ -99,6 +103,25 @@ def test_an_adapter_of_another_shape(world: World, store: AdapterStore, tmp_path
     assert "which the model does not have; it belongs to another base" in store.refused["wide"]
     assert config.exists()
     assert store.bank.names == ()
+
+
+def test_an_adapter_of_another_base_of_the_same_name_and_shapes(world: World, tmp_path: Path) -> None:
+    """R16: fingerprints decide, not names: two bases whose directories and shapes are alike, each with an adapter."""
+    bases = {}
+    for seed in (11, 12):
+        place = tmp_path / str(seed)
+        quantize(tiny_llama(place / "model", seed=seed), place / "base", format="lm4:64", rank=4)
+        bases[seed] = place / "base"
+        plain = make_adapter(place / "plain", seed=seed, base=bases[seed])
+        copytree(plain, tmp_path / "served" / f"plain-{seed}")
+        compress(plain, tmp_path / "served" / f"packed-{seed}", bits=4.0)
+    for seed, other in ((11, 12), (12, 11)):
+        store = AdapterStore(AdapterBank(load(bases[seed])), base_record(bases[seed]), "base")
+        store.scan(tmp_path / "served")
+        assert store.names == (f"packed-{seed}", f"plain-{seed}")
+        assert store.refused.keys() == {f"packed-{other}", f"plain-{other}"}
+        assert all("trained for another base (fingerprint" in reason for reason in store.refused.values())
+        store.close()
 
 
 def test_hidden_directories_are_left_alone(store: AdapterStore, tmp_path: Path) -> None:

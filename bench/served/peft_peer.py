@@ -19,17 +19,23 @@ from bitloft.kernels.ops import decode
 ROWS = 32
 
 
-def seconds(source: Path, pool: Sequence[Path], jobs: Sequence[tuple[int, list[int]]], answer: int) -> dict[str, Any]:
-    """What all requests take at once, adapters in memory; the first batch is run once before."""
-    used = sorted({adapter for adapter, _ in jobs})
-    model = _model(source, {f"a{i}": pool[i] for i in used})
-    batches = [jobs[at : at + ROWS] for at in range(0, len(jobs), ROWS)]
-    _generate(model, batches[0][:2], 2)
-    began = time.perf_counter()
-    for batch in batches:
-        _generate(model, batch, answer)
-    found = time.perf_counter() - began
-    return {"seconds": round(found, 3), "requests": len(jobs), "adapters": len(used), "rows": ROWS, "dtype": "float32"}
+class Peer:
+    """PEFT with the adapters of some requests in memory; the first of them have been answered once."""
+
+    def __init__(self, source: Path, pool: Sequence[Path], jobs: Sequence[tuple[int, list[int]]], answer: int) -> None:
+        used = sorted({adapter for adapter, _ in jobs})
+        self.answer = answer
+        self.model = _model(source, {f"a{i}": pool[i] for i in used})
+        self.batches = [jobs[at : at + ROWS] for at in range(0, len(jobs), ROWS)]
+        self.about = {"requests": len(jobs), "adapters": len(used), "rows": ROWS, "dtype": "float32"}
+        _generate(self.model, self.batches[0][:2], 2)
+
+    def seconds(self) -> float:
+        """What all requests take."""
+        began = time.perf_counter()
+        for batch in self.batches:
+            _generate(self.model, batch, self.answer)
+        return time.perf_counter() - began
 
 
 def _model(source: Path, adapters: dict[str, Path]) -> Any:

@@ -32,8 +32,9 @@ from bitloft.adapter_table import (
     scales_size,
     write_table,
 )
-from bitloft.checkpoint import MANIFEST, SCHEMA, read_json
+from bitloft.checkpoint import JSON_LIMIT, MANIFEST, SCHEMA, parse_json
 from bitloft.errors import AdapterError, CheckpointError
+from bitloft.folder import Folder
 from bitloft.packed import DTYPES, PackedTensor
 from bitloft.solvers.adapter import PackedBlock
 
@@ -120,20 +121,21 @@ class ModuleViews(Mapping[str, PackedModule]):
         return len(self._modules())
 
 
-def is_packed(directory: Path | str) -> bool:
+def is_packed(directory: Folder | Path | str) -> bool:
     """True where the directory holds a packed adapter (whole or damaged)."""
-    return (Path(directory) / PACKED_FILE).is_file()
+    return Folder.of(directory).has(PACKED_FILE)
 
 
-def read_record(directory: Path | str) -> dict[str, Any]:
+def read_record(directory: Folder | Path | str) -> dict[str, Any]:
     """bitloft_adapter.json as ``base``, ``source`` and ``start``, each None where the file does not exist.
 
     Raises AdapterError for another schema or for values that are not strings.
     """
-    file = Path(directory) / RECORD_FILE
-    if not file.is_file():
+    folder = Folder.of(directory)
+    file, raw = folder.path / RECORD_FILE, folder.read(RECORD_FILE, JSON_LIMIT)
+    if raw is None:
         return {"base": None, "source": None, "start": None}
-    record = read_json(file)
+    record = parse_json(raw, file)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise AdapterError(f"{file} has a schema that is not {SCHEMA}; it was written by another version of bitloft.")
     found = {key: record.get(key) for key in ("base", "source", "start")}
@@ -161,15 +163,15 @@ def seal(files: dict[str, bytes], record: Mapping[str, Any]) -> dict[str, bytes]
     return files | {MANIFEST: canonical(manifest | {"self": _self_sum(manifest)})}
 
 
-def read_packed(directory: Path | str) -> PackedAdapter:
+def read_packed(directory: Folder | Path | str) -> PackedAdapter:
     """Read and verify a packed adapter; the payload lies in memory of its own.
 
     Raises CheckpointError naming the file that is missing, damaged or changed, or what in it cannot be.
     """
-    directory = Path(directory)
-    raw = _read(directory, MANIFEST)
+    folder = Folder.of(directory)
+    directory, raw = folder.path, _read(folder, MANIFEST)
     manifest = _manifest(raw, directory)
-    data = {name: _verified(directory, name, record) for name, record in manifest["files"].items()}
+    data = {name: _verified(folder, name, record) for name, record in manifest["files"].items()}
     payload, table = _tensors(data[PACKED_FILE], directory)
     specs = read_table(table, str(directory))
     if payload.numel() != payload_size(specs):
@@ -209,18 +211,11 @@ def _self_sum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "self"})).hexdigest()
 
 
-def _read(directory: Path, name: str) -> bytes:
-    file = directory / name
-    try:
-        if not file.is_file():
-            raise CheckpointError(f"{directory} lacks {name}; it is not a whole packed adapter.")
-        if file.stat().st_size > SIZE_LIMIT:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes; a packed adapter's stay under {SIZE_LIMIT}."
-            )
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
+def _read(folder: Folder, name: str) -> bytes:
+    raw = folder.read(name, SIZE_LIMIT)
+    if raw is None:
+        raise CheckpointError(f"{folder} lacks {name}; it is not a whole packed adapter.")
+    return raw
 
 
 def _parse(raw: bytes, file: Path) -> dict[str, Any]:
@@ -256,10 +251,10 @@ def _manifest(raw: bytes, directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verified(directory: Path, name: str, record: object) -> bytes:
-    data = _read(directory, name)
+def _verified(folder: Folder, name: str, record: object) -> bytes:
+    data = _read(folder, name)
     if record != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
-        raise CheckpointError(f"{directory / name} differs from its manifest: it is damaged or was changed.")
+        raise CheckpointError(f"{folder.path / name} differs from its manifest: it is damaged or was changed.")
     return data
 
 

@@ -10,7 +10,7 @@ peft itself is not used: loading through it builds the model, and it falls back 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -27,8 +27,9 @@ from bitloft.adapter_files import (
     read_record,
     serialize,
 )
-from bitloft.checkpoint import PICKLES, read_json, read_tensors
+from bitloft.checkpoint import PICKLES, parse_json, parse_tensors
 from bitloft.errors import AdapterError, CheckpointError
+from bitloft.folder import Folder
 from bitloft.solvers.adapter import PackedBlock
 
 __all__ = [
@@ -82,48 +83,49 @@ class Adapter:
         return sum(pair.a.numel() + pair.b.numel() for pair in self.pairs)
 
 
-def read_adapter(directory: Path | str) -> Adapter:
+def read_adapter(directory: Folder | Path | str) -> Adapter:
     """Read a PEFT LoRA directory; modules in name order, factors in float32.
 
     Raises AdapterError where the config or a tensor is not LoRA as bitloft knows it, CheckpointError where a file is
-    missing, damaged or a pickle. Nothing but the two files (and bitloft_adapter.json) is opened.
+    missing, damaged or a pickle. Nothing but the two files (and bitloft_adapter.json) is opened, each once.
     """
-    directory = Path(directory)
-    if is_packed(directory):
-        raise AdapterError(f"{directory} is a packed adapter already; `bitloft expand` turns it back into a plain one.")
-    config_file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    _require_files(directory, config_file, weights)
-    config = read_json(config_file)
-    rule = lora_rule(config, str(directory))
-    tensors = read_tensors(weights)
-    _refuse_duplicates(weights)
-    record = read_record(directory)
+    folder = Folder.of(directory)
+    if is_packed(folder):
+        raise AdapterError(f"{folder} is a packed adapter already; `bitloft expand` turns it back into a plain one.")
+    config, raw = _files(folder)
+    rule = lora_rule(config, str(folder))
+    tensors = parse_tensors(raw, folder.path / WEIGHTS_FILE)
+    _refuse_duplicates(raw, folder.path / WEIGHTS_FILE)
+    record = read_record(folder)
     return Adapter(
-        directory, config, _pairs(tensors, rule, str(directory)), record["base"], record["source"], record["start"]
+        folder.path, config, _pairs(tensors, rule, str(folder)), record["base"], record["source"], record["start"]
     )
 
 
-def _require_files(directory: Path, config: Path, weights: Path) -> None:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; give the folder of a PEFT adapter.")
-    if not config.is_file():
-        raise AdapterError(f"{directory} holds no {CONFIG_FILE}; it is not a PEFT adapter.")
-    if config.stat().st_size > CONFIG_LIMIT:
-        raise AdapterError(
-            f"{config} has {config.stat().st_size} bytes; an adapter's config stays under {CONFIG_LIMIT}."
-        )
-    if weights.is_file():
-        return
-    found = [p.name for p in sorted(directory.glob("adapter_model*")) if p.suffix in PICKLES]
-    if found:
+def _files(folder: Folder) -> tuple[Any, bytes]:
+    """The config, parsed, and the bytes of the weights."""
+    if not folder.is_directory():
+        raise CheckpointError(f"{folder} is not a directory; give the folder of a PEFT adapter.")
+    config = folder.read(CONFIG_FILE, CONFIG_LIMIT)
+    if config is None:
+        raise AdapterError(f"{folder} holds no {CONFIG_FILE}; it is not a PEFT adapter.")
+    weights = folder.read(WEIGHTS_FILE)
+    if weights is None:
+        _refuse_without_weights(folder)
+    return parse_json(config, folder.path / CONFIG_FILE), weights
+
+
+def _refuse_without_weights(directory: Folder) -> NoReturn:
+    pickles = [n for n in directory.names() if n.startswith("adapter_model") and Path(n).suffix in PICKLES]
+    if pickles:
         raise CheckpointError(
-            f"{directory} has its weights only as a pickle ({found[0]}), which can run code when opened; convert it to "
-            "safetensors first."
+            f"{directory} has its weights only as a pickle ({pickles[0]}), which can run code when opened; convert it "
+            "to safetensors first."
         )
     raise CheckpointError(f"{directory} holds no {WEIGHTS_FILE}; it is not a PEFT adapter.")
 
 
-def _refuse_duplicates(weights: Path) -> None:
+def _refuse_duplicates(raw: bytes, weights: Path) -> None:
     """A header that names a tensor twice reads differently in different readers."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,9 +135,8 @@ def _refuse_duplicates(weights: Path) -> None:
             raise AdapterError(f"{weights} names the tensor {twice} twice; it is damaged.")
         return dict(pairs)
 
-    with weights.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        json.loads(stream.read(size), object_pairs_hook=unique)
+    size = int.from_bytes(raw[:8], "little")
+    json.loads(raw[8 : 8 + size], object_pairs_hook=unique)
 
 
 def _pairs(tensors: dict[str, Tensor], rule: LoraRule, where: str) -> tuple[LoraPair, ...]:

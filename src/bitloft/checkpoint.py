@@ -5,6 +5,7 @@ SIGBUS. Nothing here opens a pickle.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -112,9 +113,15 @@ def read_json(file: Path | str) -> Any:
     try:
         if file.stat().st_size > JSON_LIMIT:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes; a JSON file here stays under {JSON_LIMIT}.")
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_bytes(), file)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
+
+
+def parse_json(raw: bytes, file: Path) -> Any:
+    """The value of a file's bytes. Raises CheckpointError, naming the ``file``, where they are not JSON."""
+    try:
+        return json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); it may be damaged.") from error
 
@@ -128,12 +135,17 @@ def read_header(file: Path | str) -> dict[str, Any]:
     file = Path(file)
     try:
         with file.open("rb") as stream:
-            size = struct.unpack("<Q", stream.read(8))[0]
-            if size > HEADER_LIMIT:
-                raise CheckpointError(f"{file} claims a header of {size} bytes; it is damaged or not safetensors.")
-            header = json.loads(stream.read(size))
+            return _header(stream, file)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
+
+
+def _header(stream: io.BufferedIOBase, file: Path) -> dict[str, Any]:
+    try:
+        size = struct.unpack("<Q", stream.read(8))[0]
+        if size > HEADER_LIMIT:
+            raise CheckpointError(f"{file} claims a header of {size} bytes; it is damaged or not safetensors.")
+        header = json.loads(stream.read(size))
     except (struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has no readable safetensors header; it is truncated or damaged.") from error
     if not isinstance(header, dict):
@@ -145,8 +157,14 @@ def read_tensors(file: Path | str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, in memory of their own."""
     file = Path(file)
     read_header(file)
+    return parse_tensors(file.read_bytes(), file)
+
+
+def parse_tensors(raw: bytes, file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file's bytes, in memory of their own; ``file`` is for what is said of it."""
+    _header(io.BytesIO(raw), file)
     try:
-        return safetensors.torch.load(file.read_bytes())
+        return safetensors.torch.load(raw)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a valid safetensors file ({error}); it may be truncated.") from error
 

@@ -26,6 +26,7 @@ from bitloft.adapters import (
 )
 from bitloft.checkpoint import SCHEMA, ignored_pickles, write_json, write_tensors, writing
 from bitloft.errors import CheckpointError, OptionError
+from bitloft.folder import Folder
 from bitloft.kernels.ops import decode
 from bitloft.options import CompressOptions
 from bitloft.packing import Distilled, Metric, Packing, Progress, block_bytes
@@ -74,7 +75,7 @@ class CompressReport:
 
 
 def compress(
-    adapter: str | Path,
+    adapter: str | Path | Folder,
     out: str | Path,
     options: CompressOptions | None = None,
     *,

@@ -81,9 +81,29 @@ void lora(const Kind& kind, int64_t rank, int64_t out, int64_t in) {
     }
 }
 
+void dense(int64_t rows, int64_t outputs, int64_t columns) {
+  Random random(static_cast<uint64_t>(rows + 31 * outputs + columns));
+  const std::vector<float> x = random_values(random, rows * columns), weight = random_values(random, outputs * columns);
+  std::vector<float> out(static_cast<size_t>(rows * outputs));
+  CHECK(bl_dense_linear(x.data(), rows, columns, weight.data(), outputs, out.data(), 2) == 0, "a plain product");
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = 0;
+      for (int64_t i = 0; i < columns; ++i)
+        sum += static_cast<double>(x[static_cast<size_t>(r * columns + i)]) * static_cast<double>(weight[static_cast<size_t>(o * columns + i)]);
+      const double found = static_cast<double>(out[static_cast<size_t>(r * outputs + o)]);
+      CHECK(std::fabs(found - sum) <= 1e-5 * static_cast<double>(columns), "row %lld: %g, not %g", (long long)r, found, sum);
+    }
+}
+
 }  // namespace
 
 void test_products() {
+  for (const int64_t rows : {0, 1, 3, 4, 9})
+    for (const int64_t outputs : {0, 1, 6, 13, 900}) dense(rows, outputs, 16), dense(rows, outputs, 320);
+  float one[16] = {};
+  CHECK(bl_dense_linear(one, 1, 15, one, 1, one, 1) == -1, "columns that 16 does not divide");
+  CHECK(bl_dense_linear(nullptr, 1, 16, one, 1, one, 1) == -1, "no input");
   const int64_t sizes[][3] = {{1, 64, 64}, {1, 130, 576}, {4, 65, 127}, {7, 3, 1}, {33, 70, 200}, {2, 0, 8}, {0, 5, 8}, {1, 2200, 96}, {3, 150, 320}, {9, 330, 640}, {6, 2200, 64}};
   for (const Kind& kind : kinds()) {
     for (const auto& [rows, out, in] : sizes) linear(kind, rows, out, in);

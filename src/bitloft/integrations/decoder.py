@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from bitloft.errors import KernelError
 from bitloft.kernels import cpu
 from bitloft.kernels.cpu_decoder import SLOTS, NativeDecoder, NativeLayer, Plan, Projection, Segment, caches_of
+from bitloft.kernels.cpu_dense import dense_linear, takes
 from bitloft.kernels.cpu_linear import multiplies
 from bitloft.modules.arrangement import arrange
 from bitloft.modules.linear import QuantLinear
@@ -27,7 +28,7 @@ from bitloft.modules.multi import AdapterBank
 TAKEN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
 HEAD = "lm_head"
-HEAD_ROWS = 32  # of a product of the head that does not depend on the batch
+HEAD_ROWS = 32  # of a product of a packed table as the head, where it may not depend on the batch
 POSITIONS = 2048  # of the first table of angles; it is doubled when a row comes to its end
 
 
@@ -131,7 +132,7 @@ class Decoder:
         arrange(model)
         self.model: Any = model
         self.bank = bank or AdapterBank(model)
-        self._plan: tuple[Sequence[str | None], Plan] | None = None  # steps ask for the same rows again and again
+        self._plan: tuple[Sequence[str | None], Plan, bool] | None = None  # steps ask for the same rows again and again
         body, config = self.model.model, self.model.config
         self._invariant: bool = body.layers[0].self_attn.q_proj.batch_invariant
         self.context: int = config.max_position_embeddings
@@ -177,12 +178,11 @@ class Decoder:
         self._know_positions(max(row.length for row in rows) + 1)
         hidden = self.model.model.embed_tokens(torch.tensor(tokens))
         caches = [(row.keys, row.values, row.length) for row in rows]
-        self._native.step(hidden, caches, self._plan_of(names))
+        plan, touched = self._plan_of(names)
+        self._native.step(hidden, caches, plan)
         for row in rows:
             row.length += 1
-        with self.bank.rows(names):  # an adapter may touch the head
-            logits: Tensor = self.model.lm_head(hidden)
-        return logits
+        return self._head(hidden, names if touched else None)
 
     def row(self, most: int) -> Row:
         """A row without a token, for ``most`` of them."""
@@ -199,9 +199,12 @@ class Decoder:
     ) -> Float[Tensor, "pieces vocabulary"]:
         """Append some tokens to each row, new rows and old ones in one step; returns the logits behind each last one.
 
-        Pieces of one adapter lie side by side, those of the base (None) are the last. Raises KernelError beyond the
-        context; then no row has changed.
+        Raises KernelError beyond the context; then no row has changed.
         """
+        order = sorted(
+            range(len(pieces)), key=lambda i: (names[i] is None, names[i] or "")
+        )  # an adapter's side by side
+        pieces, given, names = [pieces[i] for i in order], names, [names[i] for i in order]
         counts = [len(tokens) for _, tokens in pieces]
         for (row, _), count in zip(pieces, counts, strict=True):
             row.make_room(count)
@@ -217,8 +220,10 @@ class Decoder:
                          self._roster.fill(tables, owned, total))  # fmt: skip
         for (row, _), count in zip(pieces, counts, strict=True):
             row.length += count
-        last = hidden[torch.tensor(counts).cumsum(0) - 1]
-        return self._head(last, names)
+        last = torch.empty(len(pieces), hidden.shape[1])
+        last[torch.tensor(order)] = hidden[torch.tensor(counts).cumsum(0) - 1]
+        touched = any(int(one.table[-1, 0]) for one in self._in_use)
+        return self._head(last, given if touched else None)
 
     def _tables(self, names: Sequence[str | None], counts: Sequence[int]) -> tuple[list[Tensor], list[int]]:
         """The description of each adapter and the number of its tokens, in order."""
@@ -234,17 +239,23 @@ class Decoder:
         return [one.table for one in found], list(owned.values())
 
     def _head(
-        self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None]
+        self, hidden: Float[Tensor, "rows width"], names: Sequence[str | None] | None
     ) -> Float[Tensor, "rows vocabulary"]:
-        if not any(int(one.table[-1, 0]) for one in self._in_use):
-            return self._logits(hidden)
-        with self.bank.rows(names):  # an adapter touches the head: its deltas follow the rows of the call
-            logits: Tensor = self.model.lm_head(hidden)
+        """The head's product; ``names`` where an adapter touches it: its deltas then follow the rows of the call."""
+        head = self.model.lm_head
+        plain = type(head) is nn.Linear and head.bias is None and takes(head.weight)
+        if names is None:
+            return dense_linear(hidden, head.weight.data) if plain else self._logits(hidden)
+        with self.bank.rows(names):
+            logits: Tensor = (
+                self.bank.added(HEAD, hidden, dense_linear(hidden, head.weight.data)) if plain else head(hidden)
+            )
         return logits
 
     def _logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
-        """The head's product. torch's own differs with the number of rows in its last bits, so that ``batch_invariant``
-        has it see always the same number, or one at a time where ``_steady`` finds that this does not help."""
+        """The product of a packed head. So that it gives a row the same bits whatever lies beside it where
+        ``batch_invariant`` asks for that, a table always sees the same number of rows, or one at a time where
+        ``_steady`` finds that this does not help."""
         head = self.model.lm_head
         if not self._invariant or isinstance(head, QuantLinear):
             found: Tensor = head(hidden)
@@ -254,7 +265,8 @@ class Decoder:
 
     @torch.no_grad()
     def _steady(self) -> int:
-        """Rows of the head's products: HEAD_ROWS, if a row then gets the same bits wherever it lies, else one."""
+        """Rows of the products of a packed table: HEAD_ROWS, if a row then gets the same bits wherever it lies, else
+        one."""
         head = self.model.lm_head
         if not self._invariant or isinstance(head, QuantLinear):
             return 1
@@ -266,11 +278,13 @@ class Decoder:
         if most > self._native.positions:
             self._positions(min(max(most, 2 * self._native.positions), self.context))
 
-    def _plan_of(self, names: Sequence[str | None]) -> Plan:
+    def _plan_of(self, names: Sequence[str | None]) -> tuple[Plan, bool]:
+        """The plan of a step of these rows, and whether one of their adapters touches the head."""
         if self._plan is None or self._plan[0] != names:
-            segments = [Segment(rows, views.native) for views, rows in self.bank.segments(names)]
-            self._plan = names, self._native.plan(len(names), segments)
-        return self._plan[1]
+            found = list(self.bank.segments(names))
+            plan = self._native.plan(len(names), [Segment(rows, views.native) for views, rows in found])
+            self._plan = names, plan, any(HEAD in views.blocks for views, _ in found)
+        return self._plan[1:]
 
     def _positions(self, count: int) -> None:
         """Tables of the angles of positions 0 .. count - 1."""

@@ -18,7 +18,7 @@ from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, Format
 from bitloft.packed import PackedTensor
 
-INTERFACE = 2  # BL_INTERFACE of bitloft.h
+INTERFACE = 3  # BL_INTERFACE of bitloft.h
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HALF, DQ, ONE_RANGE, ARRANGED, TRELLIS = 1, 2, 4, 8, 16  # flags of bl_matrix

@@ -166,6 +166,13 @@ class AdapterBank:
         """The adapters of a batch, each with its rows, for who runs the layers without their modules."""
         return self._plan(names, 1).batches[len(names)].segments
 
+    def added(self, module: str, x: Tensor, output: Tensor) -> Tensor:
+        """``output`` [rows, out], which the plain linear ``module`` made of ``x`` [rows, in], with what the adapters of
+        the rows (``rows``) add; for who computes it by other means than the module. May change ``output``."""
+        hook = self._hooks.get(module)
+        found = None if hook is None else hook(cast(nn.Linear, self.model.get_submodule(module)), (x,), {}, output)
+        return output if found is None else found
+
     def _plan(self, names: Sequence[str | None], expand: int) -> _Plan:
         if isinstance(names, str):
             raise AdapterError(f"adapter_names is {names!r}; give a list with one name for each row of the batch.")

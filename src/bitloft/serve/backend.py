@@ -9,7 +9,6 @@ through the shared attention mask. In both a row attends to its own cache alone,
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,13 +61,7 @@ class NativeRows:
         return self.decoder.row(tokens)
 
     def run(self, pieces: Sequence[Piece]) -> Float[Tensor, "pieces vocabulary"]:
-        order = sorted(range(len(pieces)), key=lambda i: (pieces[i].key is None, pieces[i].key or ""))
-        found = self.decoder.read(
-            [(pieces[i].row, pieces[i].tokens) for i in order], [pieces[i].key for i in order]
-        ).float()
-        logits = torch.empty_like(found)
-        logits[torch.tensor(order)] = found
-        return logits
+        return self.decoder.read([(p.row, p.tokens) for p in pieces], [p.key for p in pieces])
 
     def close(self, row: decoder.Row) -> None:
         """A row's memory goes with it."""

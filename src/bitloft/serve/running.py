@@ -77,8 +77,7 @@ class Running:
         self._count(pieces, answering)
         for request, piece in zip(taken[answering:], pieces[answering:], strict=True):
             request.read += len(piece.tokens)
-        done = [i for i, request in enumerate(taken) if request.read == len(request.prompt)]
-        self._advance([taken[i] for i in done], logits[done])
+        self._advance(*_chosen(taken, logits, [request.read == len(request.prompt) for request in taken]))
         self._leave()
 
     def _pieces(self) -> tuple[list[Request], list[Piece]]:
@@ -108,9 +107,8 @@ class Running:
             if request.adapter is not None:
                 self.unsound(request.adapter)
             self.fail([request], "adapter_numerical_error", "the model's numbers overflowed on this request.")
-        rows = [i for i, good in enumerate(fine) if good]
-        kept = [requests[i] for i in rows]
-        for request, choice in zip(kept, choose(logits[rows], kept), strict=True):
+        kept, logits = _chosen(requests, logits, fine)
+        for request, choice in zip(kept, choose(logits, kept), strict=True):
             self._accept(request, choice)
 
     def _accept(self, request: Request, choice: Choice) -> None:
@@ -177,3 +175,13 @@ class Running:
             request.row = None
             self.ended(request)
         self.fail(left, code, message)
+
+
+def _chosen(
+    requests: list[Request], logits: Float[Tensor, "rows vocabulary"], wanted: list[bool]
+) -> tuple[list[Request], Float[Tensor, "some vocabulary"]]:
+    """Those that are wanted and their rows. Mostly that is all of them: a copy of the rows would be megabytes."""
+    if all(wanted):
+        return requests, logits
+    rows = [i for i, one in enumerate(wanted) if one]
+    return [requests[i] for i in rows], logits[rows]

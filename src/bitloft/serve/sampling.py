@@ -65,5 +65,6 @@ def nucleus(
 
 def sound(logits: Float[Tensor, "rows vocabulary"]) -> Bool[Tensor, " rows"]:
     """Rows without NaN and +infinity (-infinity is how a model says never), and not all one number: that is what is
-    left of a hidden state whose square overflowed."""
-    return (logits < torch.inf).all(-1) & (logits.amax(-1) > logits.amin(-1))
+    left of a hidden state whose square overflowed. A NaN is the largest number of its row, and compares with none."""
+    most = logits.amax(-1)
+    return (most < torch.inf) & (most > logits.amin(-1))

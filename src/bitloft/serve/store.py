@@ -13,18 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256 as new_sha256
 from pathlib import Path
 
-from bitloft.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter, PackedAdapter, is_packed, read_adapter, read_packed
-from bitloft.checkpoint import MANIFEST, sha256
+from bitloft.adapters import Adapter, PackedAdapter, is_packed, read_adapter, read_packed
 from bitloft.compress import compress
 from bitloft.errors import AdapterError, BitloftError, CheckpointError
+from bitloft.folder import Folder, pinned
 from bitloft.integrations.mismatch import Gate
 from bitloft.integrations.record import BaseRecord
 from bitloft.modules.multi import AdapterBank
 from bitloft.options import ServeOptions
 from bitloft.options.generate import bytes_of
+from bitloft.serve.files import identity, inside
 from bitloft.serve.requests import RequestError
 from bitloft.serve.residency import Residency, Version
 
@@ -231,14 +231,14 @@ class AdapterStore:
         for path in sorted(directory.iterdir()):
             if path.is_dir() and not path.name.startswith("."):
                 try:
-                    self._require_inside(path, directory)
-                    self.add(path.name, path, replace=True, later=True)
+                    self.add(path.name, inside(path, directory), replace=True, later=True)
                 except (BitloftError, OSError) as error:
                     self.refused[path.name] = str(error)
 
     def add(self, name: str, path: Path, *, replace: bool = False, later: bool = False) -> Card:
         """Serve the adapter in directory ``path`` as ``name``: read, checked and in memory when this returns (with
-        ``later`` only as long as there is room without evicting another).
+        ``later`` only as long as there is room without evicting another). No part of ``path`` is a link, and no file of
+        the adapter: a path is checked before it comes here, and must not lead elsewhere since.
 
         Raises RequestError (invalid_value for the name, adapter_exists, adapter_capacity), AdapterError or
         CheckpointError for files that cannot be served; then nothing has changed.
@@ -246,9 +246,11 @@ class AdapterStore:
         self._require_name(name)
         if name in self._entries and not replace:
             raise RequestError("adapter_exists", f"the adapter {name!r} exists already; replace or remove it.", "name")
-        version = self.residency.version(*_identity(Path(path), self.pack_plain))
-        if version.path != path and not version.resident:
-            version.path = Path(path)  # the same files, where they are now
+        with pinned(path) as folder:
+            key, size = identity(folder, self.pack_plain)
+        version = self.residency.version(key, folder.path, size)
+        if version.path != folder.path and not version.resident:
+            version.path = folder.path  # the same files, where they are now
         self.residency.name(version, 1)
         try:
             if not (later and self.residency.full_for(version)):
@@ -298,48 +300,27 @@ class AdapterStore:
         if name == self.base_name:
             raise AdapterError(f"{name!r} is the name of the base; rename the adapter or the base (name).")
 
-    def _require_inside(self, path: Path, directory: Path) -> None:
-        if not path.resolve().is_relative_to(directory.resolve()):
-            raise AdapterError(f"{path.name!r} leads out of the adapter directory; put the adapter itself there.")
-
     # ---- reading, on the loading thread ------------------------------------------------------------------------------
 
     def _load(self, version: Version) -> int:
         """Read a version into the bank; returns its bytes. What was summed is what is parsed, never a mapped file."""
         adapter: Adapter | PackedAdapter
-        if is_packed(version.path):
-            adapter = read_packed(version.path)
-            found = adapter.sha256
-        else:
-            adapter = self._packed(version) if self.pack_plain is not None else read_adapter(version.path)
-            found, *_ = _identity(version.path, self.pack_plain)
-        if found != version.key:
-            raise AdapterError(f"adapter {version.path.name} has changed on disk; add it again to serve what is there.")
+        with pinned(version.path) as folder:
+            if identity(folder, self.pack_plain)[0] != version.key:
+                name = version.path.name
+                raise AdapterError(f"adapter {name} has changed on disk; add it again to serve what is there.")
+            if is_packed(folder):
+                adapter = read_packed(folder)
+            else:
+                adapter = self._packed(version.key, folder) if self.pack_plain is not None else read_adapter(folder)
         version.note = self._gate.attach(version.key, adapter, version.path.name)
         return self.bank.nbytes(version.key)
 
-    def _packed(self, version: Version) -> PackedAdapter:
+    def _packed(self, key: str, folder: Folder) -> PackedAdapter:
         """A plain adapter, packed once: a version that comes back is read as it was packed then."""
         if self._place is None:
             self._place = tempfile.TemporaryDirectory(prefix="bitloft-packed-")
-        place = Path(self._place.name) / version.key
+        place = Path(self._place.name) / key
         if not place.exists():
-            compress(version.path, place, bits=self.pack_plain, refine=False)
+            compress(folder, place, bits=self.pack_plain, refine=False)
         return read_packed(place)
-
-
-def _identity(path: Path, pack_plain: float | None) -> tuple[str, Path, int]:
-    """The version of the adapter in ``path``, and about how many bytes it will take."""
-    if is_packed(path):
-        manifest = path / MANIFEST
-        if not manifest.is_file():
-            raise CheckpointError(f"{path} lacks {MANIFEST}; it is not a whole packed adapter.")
-        size = sum(file.stat().st_size for file in path.glob("adapter_model*"))
-        return sha256(manifest), path, size
-    if not (path / WEIGHTS_FILE).is_file():
-        read_adapter(path)  # says what is wrong with it
-    sums = "".join(sha256(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE) if (path / name).is_file())
-    size = (path / WEIGHTS_FILE).stat().st_size
-    if pack_plain is not None:
-        return new_sha256(f"{sums} {pack_plain}".encode()).hexdigest(), path, round(size * pack_plain / 32)
-    return new_sha256(sums.encode()).hexdigest(), path, size

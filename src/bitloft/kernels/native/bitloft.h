@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define BL_API __attribute__((visibility("default")))
-#define BL_INTERFACE 2 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
+#define BL_INTERFACE 3 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
 
 /* dtypes of activations and of decoded values */
 enum { BL_F32 = 0, BL_BF16 = 1, BL_F16 = 2 };
@@ -191,6 +191,13 @@ typedef struct bl_segments {
  * lists are left as they are. What a row gets does not depend on the others. */
 BL_API int bl_multi_lora(const void *x, int32_t dtype, int64_t rows, int64_t columns, int64_t stride,
                          const bl_segments *segments, const bl_lora *matrices, int64_t count, int threads);
+
+/* ---- products with a plain float32 matrix (dense.cpp) -------------------------------------------------------------------- */
+
+/* out [rows, outputs] = x [rows, columns] weight^T, weight [outputs, columns]; 16 divides the columns. All are contiguous.
+ * What a row gets does not depend on the others. */
+BL_API int bl_dense_linear(const float *x, int64_t rows, int64_t columns, const float *weight, int64_t outputs, float *out,
+                           int threads);
 
 /* ---- one step of a decoder of Llama's shape (decoder.cpp) -------------------------------------------------------------- */
 

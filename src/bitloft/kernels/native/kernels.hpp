@@ -12,6 +12,7 @@
 namespace bl {
 
 struct Block;
+struct Dense;
 struct Finish;
 struct LoraTile;
 struct Preparation;
@@ -47,6 +48,7 @@ struct Kernels {
   void (*keep)(const Attention&);
   void (*attend)(const Attention&);
   void (*add_and_norm)(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
+  void (*dense_rows)(const Dense&);
   void (*gate)(float* gate, const float* up, int64_t width);
 };
 

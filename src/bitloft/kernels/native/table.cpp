@@ -35,6 +35,7 @@ void residual_row(const ResidualRow& job);
 void keep(const Attention& job);
 void attend(const Attention& job);
 void add_and_norm(float* x, const float* added, const float* weight, float* y, int64_t width, float eps);
+void dense_rows(const Dense& job);
 void gate(float* gate, const float* up, int64_t width);
 }  // namespace bl::BL_ISA
 
@@ -63,6 +64,7 @@ const Kernels BL_TABLE(BL_ISA) = {
     .keep = BL_ISA::keep,
     .attend = BL_ISA::attend,
     .add_and_norm = BL_ISA::add_and_norm,
+    .dense_rows = BL_ISA::dense_rows,
     .gate = BL_ISA::gate,
 };
 
