@@ -83,9 +83,8 @@ def measured(given: argparse.Namespace, size: Size, place: Path, temporary: Path
     with server(base, served, size) as (pid, url):
         harness.say(f"{size.calm} requests of {size.rows} clients")
         alone = LoadOptions(clients=size.rows, max_tokens=size.answer, check=False)
-        load(
-            url, replace(alone, requests=2 * size.rows)
-        )  # what is done once: a calm run that begins cold flatters the flood
+        # What is done once is done here: a calm run that begins cold flatters the flood.
+        load(url, replace(alone, requests=2 * size.rows))
         calm = load(url, replace(alone, requests=size.calm))
         rate = TIMES * calm.requests_per_second
         crowd_of = LoadOptions(rate=rate, max_tokens=size.answer, check=False)

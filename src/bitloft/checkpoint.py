@@ -156,8 +156,11 @@ def _header(stream: io.BufferedIOBase, file: Path) -> dict[str, Any]:
 def read_tensors(file: Path | str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, in memory of their own."""
     file = Path(file)
-    read_header(file)
-    return parse_tensors(file.read_bytes(), file)
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
+    return parse_tensors(raw, file)
 
 
 def parse_tensors(raw: bytes, file: Path) -> dict[str, Tensor]:

@@ -201,9 +201,8 @@ class Decoder:
 
         Raises KernelError beyond the context; then no row has changed.
         """
-        order = sorted(
-            range(len(pieces)), key=lambda i: (names[i] is None, names[i] or "")
-        )  # an adapter's side by side
+        # Pieces of one adapter lie side by side, those of the base are the last.
+        order = sorted(range(len(pieces)), key=lambda i: (names[i] is None, names[i] or ""))
         pieces, given, names = [pieces[i] for i in order], names, [names[i] for i in order]
         counts = [len(tokens) for _, tokens in pieces]
         for (row, _), count in zip(pieces, counts, strict=True):
