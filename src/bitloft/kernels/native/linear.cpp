@@ -26,7 +26,6 @@ constexpr int64_t ROWS_AT_ONCE = 252;      // rows of the input whose totals sta
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
 constexpr int64_t FEW = 4;  // rows of the input that are prepared before; with more, tables of 1 and 2 bits are made where they are used
 constexpr int64_t UNREADY = 16;  // rows of bfloat16 up to which tables pay although few blocks share them
-constexpr int64_t TABLED = 4;  // rows of the input whose tables stay in the first-level cache
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
 
 class Memory {

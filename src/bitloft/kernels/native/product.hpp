@@ -21,6 +21,7 @@ namespace bl {
 
 constexpr int64_t BLOCK = 64;   // rows of a matrix that lie beside each other
 constexpr int64_t PIECE = 256;  // the most columns that are summed before a scale is applied
+constexpr int64_t TABLED = 4;   // rows of the input whose tables (Input::TABLES) stay in the first-level cache
 
 constexpr int64_t unit_columns(int bits) { return bits == 3 ? 32 : 32 / bits; }
 constexpr int64_t unit_words(int bits) { return bits == 3 ? 3 : 1; }

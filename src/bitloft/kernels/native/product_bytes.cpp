@@ -273,7 +273,7 @@ class Many {
 
  private:
   static constexpr int64_t MOST = PIECE / unit_columns(BITS), UNIT = Tables<BITS, PLANES>::UNIT, APART = MOST * UNIT;
-  static constexpr int64_t ROWS = 4;  // whose tables stay in the first-level cache
+  static constexpr int64_t ROWS = TABLED;
 
   const uint32_t* codes(int64_t block) const {
     return p_.codes + (block * p_.groups * p_.group_units + group_ * p_.group_units + unit_) * BLOCK;
