@@ -11,6 +11,8 @@ One spelling everywhere (Python, CLI, files, reports), and ``Format.parse(str(f)
     sign:128    one bit, +-1, scale = mean of absolute values
     int8:row    8 bits, -127 to 127, the largest magnitude at the end
     trellis2:row     neighbouring codes share their choices (kernels/trellis.py); one scale per row, or none (:unit)
+    trellis2:64      the same with one scale per 64 values of a row, codes running down the columns
+                     (kernels/columnwise.py): what error feedback fills column by column
     half:unit   IEEE half precision, uncoded (half:row: one more scale per row)
     +dq         suffix: the scales themselves in 8 bits, with one range per 256 of them (QLoRA's double quantization)
     +shift      suffix: one fp16 shift per group (QA-LoRA merges into it)
@@ -59,7 +61,7 @@ _SPELLING = re.compile(r"(nf|lm|uniform|book|sign|int|half|trellis)([0-9]*):([0-
 KNOWN = (
     "nf2..4, lm2..4, uniform2..4, book2..3, sign, int8 or half, then ':' and a group (a multiple of 8, 'row', "
     "'unit', or 'tensor' for uniform), then '+dq' and '+shift' if wanted, such as lm2:64 or nf4:64+dq; or "
-    "trellis1..4:row or :unit"
+    "trellis1..4 with a group, :row or :unit"
 )
 
 
@@ -99,8 +101,11 @@ class Format:
             raise FormatError(
                 f"format {self}: half precision takes one scale a row or none; use half:row or half:unit."
             )
-        if self.family == "trellis" and (self.group not in (ROW, UNIT) or self.dq or self.shift):
-            raise FormatError(f"format {self}: trellis codes take one scale a row or none; use trellis{self.bits}:row.")
+        if self.family == "trellis" and (self.group == TENSOR or self.dq or self.shift):
+            raise FormatError(
+                f"format {self}: trellis codes take plain scales, by group, one a row or none; "
+                f"use trellis{self.bits}:64 or trellis{self.bits}:row."
+            )
         if self.group == UNIT and self.family in ("uniform", "book", "int"):
             raise FormatError(f"format {self}: a {self.family} code needs a scale; use a group or 'row'.")
         if self.group == TENSOR and self.family != "uniform":
@@ -133,6 +138,11 @@ class Format:
         ``book`` starts from Lloyd-Max levels and stores what it learned with the tensor; ``half`` has no table, nor has
         ``trellis``, whose codes mean nothing alone."""
         return _levels(self.family, self.bits)
+
+    @property
+    def by_column(self) -> bool:
+        """True where the codes of a column, not of a row, lie together: of trellis codes with groups."""
+        return self.family == "trellis" and self.group > 0
 
     @property
     def has_levels(self) -> bool:
@@ -198,7 +208,7 @@ def _normal_float(bits: int) -> tuple[float, ...]:
 def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     """Names, dtypes and shapes of the stored parts of a tensor of ``shape`` in ``fmt``; no data needed.
 
-    ``codes`` int8 [rows, width*bits/8]; ``scales`` int16 [rows, groups], fp16 bit patterns in units of 2**``exponent``
+    ``codes`` int8 [rows, width*bits/8], ``by_column`` [columns, ceil(rows/8)*bits]; ``scales`` int16 [rows, groups], fp16 bit patterns in units of 2**``exponent``
     (int32 []). As the format asks: ``zeros`` int8 [rows, ceil(groups*bits/8)] (4 bits each where codes take 3),
     ``shifts`` int16 like scales, ``levels`` int16 [2**bits] (fp16 patterns); with +dq ``scales`` are int8 codes, and
     ``scale_low`` and ``scale_step`` int16 [ceil(rows*groups/256)] their ranges. TENSOR has one scale and one shift.
@@ -212,7 +222,7 @@ def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     groups = fmt.groups(columns)
     scaled = (min(rows, 1), groups) if fmt.group == TENSOR else (rows, groups)
     parts = {
-        "codes": Part("int8", (rows, fmt.width(columns) * fmt.bits // 8)),
+        "codes": Part("int8", _codes_shape(rows, columns, fmt)),
         "scales": Part("int8" if fmt.dq else "int16", scaled),
         "exponent": Part("int32", ()),
     }
@@ -227,3 +237,9 @@ def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
         blocks = -(-rows * groups // DQ_BLOCK)
         parts |= {"scale_low": Part("int16", (blocks,)), "scale_step": Part("int16", (blocks,))}
     return parts
+
+
+def _codes_shape(rows: int, columns: int, fmt: Format) -> tuple[int, int]:
+    if fmt.by_column:
+        return columns, -(-rows // 8) * fmt.bits
+    return rows, fmt.width(columns) * fmt.bits // 8

@@ -99,8 +99,9 @@ def done(status: int) -> None:
 
 
 def takes(packed: PackedTensor) -> bool:
-    """Whether the native library can be handed ``packed``: it is there, and the parts are on the CPU."""
-    return library() is not None and packed.codes.device.type == "cpu"
+    """Whether the native library can be handed ``packed``: it is there, the parts are on the CPU, and rows lie together
+    (what does not is decoded by its transposed, ``columnwise``)."""
+    return library() is not None and packed.codes.device.type == "cpu" and not packed.format.by_column
 
 
 def matrix(packed: PackedTensor) -> Matrix:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, UNIT, Format, layout
-from bitloft.kernels import search, trellis
+from bitloft.kernels import columnwise, search, trellis
 from bitloft.kernels.books import learn_levels
 from bitloft.packed import (
     DTYPES,
@@ -35,7 +35,8 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
     max with zero on the grid (``ranges`` searches the range of least squared error instead; with +shift min and max as
     they are; per tensor mean +- 2 standard deviations, LoftQ's GLUE code), ``sign`` the mean of absolute values
     (LoRAQuant). With +dq, codes are chosen for the scales as they are stored, but for ``nf``, which QLoRA codes first.
-    ``int`` takes the absolute maximum; ``half`` rounds; ``trellis`` walks (``trellis.encode``).
+    ``int`` takes the absolute maximum; ``half`` rounds; ``trellis`` walks (``trellis.encode``, by groups
+    ``columnwise.encode``).
     Raises KernelError on NaN or infinity (``half`` also beyond its range), FormatError for a scalar.
     """
     fmt = Format.parse(fmt)
@@ -47,6 +48,8 @@ def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = Fals
         return PackedTensor.from_tensors(fmt, tuple(x.shape), empty_parts(tuple(x.shape), fmt, rows.device))
     if fmt.family == "half":
         return _encode_half(tuple(x.shape), rows, fmt)
+    if fmt.by_column:
+        return columnwise.encode(x, fmt, trellis.encode, trellis.decode)
     if fmt.family == "trellis":
         return trellis.encode(x, fmt)
     levels = learn_levels(rows, fmt) if fmt.has_levels else fmt.levels

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitloft.errors import KernelError
 from bitloft.formats import Format
-from bitloft.kernels import cpu, cpu_dequantize, cpu_encode, cpu_linear, cpu_trellis, gpu, plain, trellis
+from bitloft.kernels import columnwise, cpu, cpu_dequantize, cpu_encode, cpu_linear, cpu_trellis, gpu, plain, trellis
 from bitloft.kernels.plain import decode_columns
 from bitloft.packed import PackedTensor
 
@@ -45,7 +45,9 @@ def explain() -> str:
 def encode(x: Float[Tensor, "*shape"], fmt: Format | str, *, ranges: bool = False) -> PackedTensor:
     """Quantize ``x``; see ``encoding.encode``, whose bytes the native encoder gives."""
     fmt = Format.parse(fmt)
-    if fmt.family == "trellis" and x.dim():
+    if fmt.by_column and x.numel() and bool(torch.isfinite(x).all()):
+        return columnwise.encode(x, fmt, encode_trellis, decode)
+    if fmt.family == "trellis" and not fmt.by_column and x.dim():
         return encode_trellis(x, fmt)
     if cpu_encode.takes(x, fmt):
         return cpu_encode.encode(x, fmt, ranges)
@@ -65,6 +67,8 @@ def encode_trellis(
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
+    if packed.format.by_column:
+        return columnwise.decode(packed, dtype, decode)
     if cpu_dequantize.takes(packed, dtype):
         return cpu_dequantize.decode(packed, dtype)
     if gpu.takes(packed.codes) and dtype in cpu.DTYPES:
@@ -122,11 +126,20 @@ def packed_linear(
             f"no native kernel multiplies {weight.format} weights with {x.dtype} on {x.device.type} here, and the "
             "plain definition is not batch invariant; leave batch_invariant out or choose a format of 1 to 4 bits."
         )
-    on_gpu = gpu.takes(x) and gpu.takes(weight.codes) and x.dtype in cpu.DTYPES
-    y = gpu.packed_linear(x, weight) if on_gpu else plain.packed_linear(x, cpu_linear.canonical(weight))
+    y = _decoded(x, weight)
     for added in (bias, addend):
         y = y if added is None else (y + added.float()).to(y.dtype)
     return y
+
+
+def _decoded(x: Tensor, weight: PackedTensor) -> Tensor:
+    """x @ decode(weight).T where the native library does not multiply codes."""
+    if weight.format.by_column:
+        plain.check_matrix(x, weight, axis=1)
+        return columnwise.linear(x, weight, decode)
+    if gpu.takes(x) and gpu.takes(weight.codes) and x.dtype in cpu.DTYPES:
+        return gpu.packed_linear(x, weight)
+    return plain.packed_linear(x, cpu_linear.canonical(weight))
 
 
 def _rounded(
@@ -154,6 +167,9 @@ def packed_linear_grad_input(
 
     Native code decodes; the product is torch's, whose matrix multiplication is as good as ours for many rows.
     """
+    if weight.format.by_column:
+        plain.check_matrix(grad, weight, axis=0)
+        return columnwise.grad_input(grad, weight, decode)
     if gpu.takes(grad) and gpu.takes(weight.codes) and grad.dtype in cpu.DTYPES:
         return gpu.packed_linear_grad_input(grad, weight)
     weight = cpu_linear.canonical(weight)

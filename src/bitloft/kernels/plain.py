@@ -23,7 +23,7 @@ from torch.nn.functional import embedding
 
 from bitloft.errors import KernelError
 from bitloft.formats import UNIT, Format
-from bitloft.kernels import trellis
+from bitloft.kernels import columnwise, trellis
 from bitloft.kernels.encoding import TILE, encode, unpack_zeros
 from bitloft.packed import PackedTensor, Rows, rows_of, scales_of, unpack_bits, unpack_halves
 
@@ -43,6 +43,8 @@ __all__ = [
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The values that ``packed`` stands for, in ``dtype`` and its own shape."""
+    if packed.format.by_column:
+        return columnwise.decode(packed, dtype, trellis.decode)
     columns = packed.shape[-1]
     values = _decode_rows(packed, slice(None), dtype)
     return values[:, :columns].reshape(packed.shape)
@@ -57,6 +59,8 @@ def decode_rows(
     """
     if len(packed.shape) != 2:
         raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
+    if packed.format.by_column:
+        return decode(packed, dtype).index_select(0, rows.flatten())
     return _decode_rows(packed, rows, dtype)[:, : packed.shape[1]]
 
 
@@ -70,6 +74,8 @@ def decode_columns(
     if len(packed.shape) != 2:
         raise KernelError(f"decode_columns takes a matrix; the tensor has shape {packed.shape}.")
     fmt, width = packed.format, packed.shape[1]
+    if fmt.by_column:
+        return columnwise.some(packed, columns, dtype, trellis.decode)
     if fmt.family == "half":
         values = packed.codes.clone().view(torch.float16)[:, columns].to(dtype)  # a view may begin at an odd byte
     elif fmt.family == "trellis":
@@ -176,6 +182,8 @@ def tiles(packed: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Flo
 def packed_linear(x: Float[Tensor, "*batch columns"], weight: PackedTensor) -> Float[Tensor, "*batch rows"]:
     """y = x @ decode(weight).T, in the dtype of ``x``; weight [rows, columns]. Raises KernelError on a wrong width."""
     check_matrix(x, weight, axis=1)
+    if weight.format.by_column:
+        return columnwise.linear(x, weight, trellis.decode)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for rows, tile in tiles(weight, x.dtype):
         out[..., rows] = x @ tile.T
@@ -207,6 +215,8 @@ def packed_linear_grad_input(
 ) -> Float[Tensor, "*batch columns"]:
     """dx = grad @ decode(weight), in the dtype of ``grad``: all that backward needs, the weight being frozen."""
     check_matrix(grad, weight, axis=0)
+    if weight.format.by_column:
+        return columnwise.grad_input(grad, weight, trellis.decode)
     out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     for rows, tile in tiles(weight, grad.dtype):
         out += grad[..., rows] @ tile

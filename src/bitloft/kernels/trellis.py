@@ -85,6 +85,11 @@ def levels_of(codes: Int8[Tensor, "rows bytes"], bits: int, dtype: torch.dtype) 
     return _levels(unpack_planes(codes, bits), bits, dtype)
 
 
+def decode(packed: PackedTensor, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
+    """The levels of a matrix in ``:unit``."""
+    return levels_of(packed.codes, packed.format.bits, dtype)[:, : packed.shape[-1]]
+
+
 def _levels(codes: UInt8[Tensor, "rows width"], bits: int, dtype: torch.dtype) -> Float[Tensor, "rows width"]:
     first = codes.int() & 1
     window = codes.int() >> 1 << (MEMORY + 1)
