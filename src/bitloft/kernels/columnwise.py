@@ -25,6 +25,7 @@ from bitloft.packed import PackedTensor, pack_scales, scales_of
 TILE = 1 << 20  # values of a tile
 
 Columns = slice | Int[Tensor, " some"]
+Tiles = Iterator[tuple[slice, Float[Tensor, "columns rows"]]]  # of the transposed matrix, in the dtype of a product
 Decode = Callable[[PackedTensor, torch.dtype], Tensor]
 Walk = Callable[[Tensor, Format, Tensor], PackedTensor]  # rows of values, a :unit format, weights -> their codes
 
@@ -94,9 +95,7 @@ def some(
     return scaled(levels_of(bare(packed, columns), dtype), packed, columns).T
 
 
-def tiles(
-    packed: PackedTensor, dtype: torch.dtype, levels_of: Decode
-) -> Iterator[tuple[slice, Float[Tensor, "columns rows"]]]:
+def tiles(packed: PackedTensor, dtype: torch.dtype, levels_of: Decode) -> Tiles:
     """The transposed matrix, some columns of it at a time, of about TILE values."""
     rows, count = packed.shape
     step = max(TILE // max(rows, 1), 1)
@@ -106,21 +105,21 @@ def tiles(
 
 
 def linear(
-    x: Float[Tensor, "*batch columns"], packed: PackedTensor, levels_of: Decode
+    x: Float[Tensor, "*batch columns"], packed: PackedTensor, transposed: Tiles
 ) -> Float[Tensor, "*batch rows"]:
     """x @ decode(packed).T in the dtype of ``x``; sums over more than one tile are float32."""
     y: Tensor | None = None
-    for columns, tile in tiles(packed, x.dtype, levels_of):
+    for columns, tile in transposed:
         part = x[..., columns] @ tile
         y = part if y is None else y.float() + part
     return x.new_zeros(*x.shape[:-1], packed.shape[0]) if y is None else y.to(x.dtype)
 
 
 def grad_input(
-    grad: Float[Tensor, "*batch rows"], packed: PackedTensor, levels_of: Decode
+    grad: Float[Tensor, "*batch rows"], packed: PackedTensor, transposed: Tiles
 ) -> Float[Tensor, "*batch columns"]:
     """grad @ decode(packed) in the dtype of ``grad``."""
     out = grad.new_empty(*grad.shape[:-1], packed.shape[1])
-    for columns, tile in tiles(packed, grad.dtype, levels_of):
+    for columns, tile in transposed:
         out[..., columns] = grad @ tile.T
     return out

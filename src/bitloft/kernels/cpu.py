@@ -18,10 +18,10 @@ from bitloft.errors import KernelError
 from bitloft.formats import TENSOR, Format
 from bitloft.packed import PackedTensor
 
-INTERFACE = 3  # BL_INTERFACE of bitloft.h
+INTERFACE = 4  # BL_INTERFACE of bitloft.h
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HALF, DQ, ONE_RANGE, ARRANGED, TRELLIS = 1, 2, 4, 8, 16  # flags of bl_matrix
+HALF, DQ, ONE_RANGE, ARRANGED, TRELLIS, COLUMNS = 1, 2, 4, 8, 16, 32  # flags of bl_matrix
 
 
 class Matrix(ctypes.Structure):
@@ -99,9 +99,8 @@ def done(status: int) -> None:
 
 
 def takes(packed: PackedTensor) -> bool:
-    """Whether the native library can be handed ``packed``: it is there, the parts are on the CPU, and rows lie together
-    (what does not is decoded by its transposed, ``columnwise``)."""
-    return library() is not None and packed.codes.device.type == "cpu" and not packed.format.by_column
+    """Whether the native library can be handed ``packed``: it is there, and the parts are on the CPU."""
+    return library() is not None and packed.codes.device.type == "cpu"
 
 
 def matrix(packed: PackedTensor) -> Matrix:
@@ -115,7 +114,7 @@ def matrix(packed: PackedTensor) -> Matrix:
         if not part.is_contiguous():
             raise KernelError(f"part {name!r} of a {fmt} tensor of shape {packed.shape} is not contiguous; copy it.")
     return Matrix(
-        rows=packed.codes.shape[0], columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
+        rows=packed.scales.shape[0] if fmt.by_column else packed.codes.shape[0], columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
         groups=fmt.groups(columns), bits=fmt.bits,
         flags=_flags(fmt) | ARRANGED * packed.arranged, **_addresses(parts),
         levels=None if fmt.family in ("half", "trellis") else _levels(fmt),
@@ -135,6 +134,7 @@ def _flags(fmt: Format) -> int:
         | DQ * fmt.dq
         | ONE_RANGE * (fmt.group == TENSOR)
         | TRELLIS * (fmt.family == "trellis")
+        | COLUMNS * fmt.by_column
     )
 
 

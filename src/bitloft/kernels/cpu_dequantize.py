@@ -22,8 +22,40 @@ from bitloft.packed import PackedTensor
 
 
 def takes(packed: PackedTensor, dtype: torch.dtype) -> bool:
-    """Whether the native library decodes this: it is there, the parts are on the CPU, and it knows the dtype."""
-    return cpu.takes(packed) and dtype in cpu.DTYPES
+    """Whether the native library decodes rows of this: it is there, parts are on the CPU, and it knows the dtype."""
+    return cpu.takes(packed) and dtype in cpu.DTYPES and not packed.format.by_column
+
+
+def takes_columns(packed: PackedTensor, dtype: torch.dtype) -> bool:
+    """The same for columns, of codes that run down them."""
+    return cpu.takes(packed) and dtype in cpu.DTYPES and packed.format.by_column
+
+
+def columns(packed: PackedTensor, begin: int, end: int, dtype: torch.dtype) -> Float[Tensor, "columns rows"]:
+    """Columns ``begin`` to ``end`` of the matrix that ``packed`` is with its leading axes flattened."""
+    out = torch.empty(end - begin, packed.scales.shape[0], dtype=dtype)
+    return _columns_to(packed, begin, out)
+
+
+def column_tiles(
+    packed: PackedTensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Float[Tensor, "columns rows"]]]:
+    """A matrix some columns at a time, as ``tiles`` gives rows."""
+    rows, count = packed.shape
+    step = max(TILE // max(rows, 1), 1)
+    step = max(step - step % packed.format.group, 1)
+    for begin in range(0, count, step):
+        end = min(begin + step, count)
+        tile = _room((end - begin) * rows, dtype).view(end - begin, rows)
+        yield slice(begin, end), _columns_to(packed, begin, tile)
+
+
+def _columns_to(packed: PackedTensor, begin: int, out: Tensor) -> Tensor:
+    status = _columns_function()(
+        byref(cpu.matrix(packed)), begin, out.shape[0], out.data_ptr(), out.nbytes, cpu.DTYPES[out.dtype], cpu.threads()
+    )
+    cpu.done(status)
+    return out
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -82,7 +114,7 @@ def takes_residual(x: Tensor, packed: PackedTensor, out: Tensor | None) -> bool:
     """Whether the native library takes these: float32 on the CPU, contiguous."""
     given = (x,) if out is None else (x, out)
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in given)
-    return plain and cpu.takes(packed)
+    return plain and takes(packed, x.dtype)
 
 
 def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> None:
@@ -98,6 +130,13 @@ def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> 
 def _function() -> "ctypes._NamedFuncPointer":
     call = _library().bl_dequantize
     call.argtypes = (POINTER(cpu.Matrix), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int)
+    return call
+
+
+@cache
+def _columns_function() -> "ctypes._NamedFuncPointer":
+    call = _library().bl_dequantize_columns
+    call.argtypes = (POINTER(cpu.Matrix), c_int64, c_int64, c_void_p, c_int64, c_int32, c_int)
     return call
 
 

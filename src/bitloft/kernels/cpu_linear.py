@@ -41,12 +41,19 @@ def _library() -> ctypes.CDLL:
 @cache
 def multiplies(fmt: Format) -> bool:
     """Whether products are computed from codes of this format, not from decoded values."""
+    if fmt.by_column:
+        return True
     unit = 32 if fmt.bits == 3 else 32 // fmt.bits
     return fmt.bits <= 4 and fmt.family != "trellis" and (fmt.group <= 0 or fmt.group % unit == 0)
 
 
 def can_arrange(fmt: Format, columns: int) -> bool:
-    """Whether rows of ``columns`` values fill whole words, so that codes of 64 rows can trade places in memory."""
+    """Whether rows of ``columns`` values fill whole words, so that codes of 64 rows can trade places in memory.
+
+    Codes that run down columns have another order on AVX-512 only, where eight columns fill the cells of its kernel.
+    """
+    if fmt.by_column:
+        return columns % 8 == 0 and cpu.isa() == "avx512"
     unit = 32 if fmt.bits == 3 else 32 // fmt.bits
     return multiplies(fmt) and fmt.width(columns) % unit == 0
 

@@ -59,7 +59,7 @@ def _function() -> "ctypes._NamedFuncPointer":
 def takes(x: Tensor, factors: Iterable[PackedTensor | Tensor]) -> bool:
     """Whether native code computes with these: floats of 16 or 32 bits, everything on the CPU."""
     return at_once(x) and all(
-        cpu.takes(factor) if isinstance(factor, PackedTensor) else
+        cpu.takes(factor) and not factor.format.by_column if isinstance(factor, PackedTensor) else
         factor.device.type == "cpu" and factor.dtype in cpu.DTYPES
         for factor in factors
     )  # fmt: skip

@@ -11,6 +11,8 @@
 What they compute is defined in ``plain`` and nowhere else; ``explain`` says which implementation runs, and why.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -68,6 +70,8 @@ def encode_trellis(
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
     if packed.format.by_column:
+        if cpu_dequantize.takes_columns(packed, dtype):
+            return cpu_dequantize.columns(packed, 0, packed.shape[-1], dtype).T.reshape(packed.shape)
         return columnwise.decode(packed, dtype, decode)
     if cpu_dequantize.takes(packed, dtype):
         return cpu_dequantize.decode(packed, dtype)
@@ -94,6 +98,9 @@ def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, *, out: Tensor | 
         raise KernelError(f"the residual of a tensor of shape {tuple(x.shape)} and one packed as {packed.shape}.")
     if cpu_dequantize.takes_residual(x, packed, out):
         return cpu_dequantize.residual(x, packed, out)
+    if packed.format.by_column:
+        difference = torch.sub(x, decode(packed), out=out)
+        return float(torch.linalg.vector_norm(difference, dtype=torch.float64))
     return plain.residual(x, packed, out)
 
 
@@ -136,10 +143,18 @@ def _decoded(x: Tensor, weight: PackedTensor) -> Tensor:
     """x @ decode(weight).T where the native library does not multiply codes."""
     if weight.format.by_column:
         plain.check_matrix(x, weight, axis=1)
-        return columnwise.linear(x, weight, decode)
+        return columnwise.linear(x, weight, _column_tiles(weight, x.dtype))
     if gpu.takes(x) and gpu.takes(weight.codes) and x.dtype in cpu.DTYPES:
         return gpu.packed_linear(x, weight)
     return plain.packed_linear(x, cpu_linear.canonical(weight))
+
+
+def _column_tiles(weight: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix whose codes run down columns, transposed, some columns at a time."""
+    weight = cpu_linear.canonical(weight)
+    if cpu_dequantize.takes_columns(weight, dtype):
+        return cpu_dequantize.column_tiles(weight, dtype)
+    return columnwise.tiles(weight, dtype, decode)
 
 
 def _rounded(
@@ -169,7 +184,7 @@ def packed_linear_grad_input(
     """
     if weight.format.by_column:
         plain.check_matrix(grad, weight, axis=0)
-        return columnwise.grad_input(grad, weight, decode)
+        return columnwise.grad_input(grad, weight, _column_tiles(weight, grad.dtype))
     if gpu.takes(grad) and gpu.takes(weight.codes) and grad.dtype in cpu.DTYPES:
         return gpu.packed_linear_grad_input(grad, weight)
     weight = cpu_linear.canonical(weight)

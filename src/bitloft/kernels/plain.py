@@ -183,7 +183,7 @@ def packed_linear(x: Float[Tensor, "*batch columns"], weight: PackedTensor) -> F
     """y = x @ decode(weight).T, in the dtype of ``x``; weight [rows, columns]. Raises KernelError on a wrong width."""
     check_matrix(x, weight, axis=1)
     if weight.format.by_column:
-        return columnwise.linear(x, weight, trellis.decode)
+        return columnwise.linear(x, weight, columnwise.tiles(weight, x.dtype, trellis.decode))
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     for rows, tile in tiles(weight, x.dtype):
         out[..., rows] = x @ tile.T
@@ -216,7 +216,7 @@ def packed_linear_grad_input(
     """dx = grad @ decode(weight), in the dtype of ``grad``: all that backward needs, the weight being frozen."""
     check_matrix(grad, weight, axis=0)
     if weight.format.by_column:
-        return columnwise.grad_input(grad, weight, trellis.decode)
+        return columnwise.grad_input(grad, weight, columnwise.tiles(weight, grad.dtype, trellis.decode))
     out = grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     for rows, tile in tiles(weight, grad.dtype):
         out += grad[..., rows] @ tile

@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 #define BL_API __attribute__((visibility("default")))
-#define BL_INTERFACE 3 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
+#define BL_INTERFACE 4 /* raised whenever a struct or a signature here changes; cpu.py refuses another number */
 
 /* dtypes of activations and of decoded values */
 enum { BL_F32 = 0, BL_BF16 = 1, BL_F16 = 2 };
@@ -27,6 +27,7 @@ enum {
   BL_DQ = 2,       /* scales are 8-bit codes: low[b] + step[b] * code, b = (row * groups + group) / 256 */
   BL_TENSOR = 4,   /* one scale and one shift for the whole matrix */
   BL_TRELLIS = 16, /* codes are those of trellis.hpp, `bits` planes a row; no levels, at most one scale a row */
+  BL_COLUMNS = 32, /* with BL_TRELLIS: the codes of a column lie together, `bits` planes of ceil(rows / 8) bytes, scales as ever */
   BL_ARRANGED = 8, /* codes (and scales, zeros, shifts) of every 64 rows are interleaved: see arrange.cpp */
 };
 
@@ -98,6 +99,10 @@ BL_API int bl_encode_trellis(const float *x, const float *weights, int64_t rows,
  * to the dtype after each step, as torch does. Returns 1 (with a sentence) for a row that does not exist. */
 BL_API int bl_dequantize(const bl_matrix *matrix, const int64_t *rows, int64_t count, void *out, int64_t out_bytes,
                          int32_t dtype, int threads);
+
+/* Numbers of `count` columns of a BL_COLUMNS matrix, from `first` on, [count, rows] of `dtype`, contiguous; rounded likewise. */
+BL_API int bl_dequantize_columns(const bl_matrix *matrix, int64_t first, int64_t count, void *out, int64_t out_bytes,
+                                 int32_t dtype, int threads);
 
 /* x minus the matrix, `values` float32 each: written to `out` unless that is NULL (it may be x), and the sum of the
  * squares to `square`. The sum does not depend on `threads`. */

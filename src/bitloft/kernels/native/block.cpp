@@ -127,7 +127,7 @@ constexpr bool HAS_NEIGHBOURS = false;
 
 void arranged_scales(const Block& b, int64_t row, int64_t group, int64_t count, float* to) {
   const bl_matrix& m = *b.matrix;
-  const Neighbours n = HAS_NEIGHBOURS && m.bits == 3 ? neighbours(m, b.row) : Neighbours{b.row, 1, 0};
+  const Neighbours n = HAS_NEIGHBOURS && m.bits == 3 && !(m.flags & BL_COLUMNS) ? neighbours(m, b.row) : Neighbours{b.row, 1, 0};
   const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + n.first * m.groups;
   for (int64_t i = 0; i < count; ++i) to[i] = half_value(halves[((group + i) * n.beside + n.place) * BLOCK + row]);
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "columns.hpp"
 #include "errors.hpp"
 #include "halves.hpp"
 #include "kernels.hpp"
@@ -14,6 +15,7 @@ namespace bl {
 namespace {
 
 constexpr int64_t BATCH = 1 << 15;  // values that a thread takes at once
+constexpr int64_t SPAN = 512;       // rows of a group that it takes where codes run down the columns
 
 // The levels of the codes, sixteen with zeros behind them.
 struct Levels {
@@ -34,8 +36,9 @@ void each_row(int64_t count, int64_t columns, int threads, F&& work) {
   });
 }
 
-int readable(const bl_matrix* matrix) {
+int readable(const bl_matrix* matrix, bool columns) {
   if (int status = check(matrix)) return status;
+  if (by_column(*matrix) != columns) return fail("dequantize was asked for the %s of codes that run along the others.", columns ? "columns" : "rows");
   if ((matrix->flags & BL_ARRANGED) != 0) return fail("dequantize reads codes in the order of the file only.");
   return kernels() == nullptr ? -1 : 0;
 }
@@ -78,18 +81,44 @@ int residual(const bl_matrix& m, const float* x, int64_t values, float* out, dou
   return 0;
 }
 
+// Some columns of some rows at a time, so many that each thread has enough of them.
+int dequantize_columns(const bl_matrix& m, int64_t first, int64_t count, void* out, int64_t out_bytes, int32_t dtype, int threads) {
+  if (dtype != BL_F32 && dtype != BL_BF16 && dtype != BL_F16) return fail("dequantize knows no dtype %d.", dtype);
+  const int64_t size = dtype == BL_F32 ? 4 : 2;
+  if (first < 0 || count < 0 || first + count > m.columns || out_bytes != count * m.rows * size)
+    return fail("dequantize of columns %lld to %lld of %lld x %lld has %lld bytes of output.", (long long)first, (long long)(first + count),
+                (long long)m.rows, (long long)m.columns, (long long)out_bytes);
+  if (out_bytes == 0) return 0;
+  const int64_t spans = (m.rows + SPAN - 1) / SPAN, group = first / m.group, groups = (first + count - 1) / m.group + 1 - group;
+  Stage stage;
+  run(out_bytes < 2 * BATCH ? 1 : threads, [&] {
+    stage.share(groups * spans, [&](int64_t turn) {
+      const int64_t g = group + turn / spans, row = turn % spans * SPAN;
+      const int64_t begin = std::max(g * m.group, first), end = std::min((g + 1) * m.group, first + count);
+      char* const to = static_cast<char*>(out) + (begin - first) * m.rows * size;
+      kernels()->column_tile({&m, begin, end - begin, row, std::min(SPAN, m.rows - row), dtype, to});
+    });
+  });
+  return 0;
+}
+
 }  // namespace bl
 
 extern "C" {
 
+int bl_dequantize_columns(const bl_matrix* matrix, int64_t first, int64_t count, void* out, int64_t out_bytes, int32_t dtype, int threads) {
+  if (int status = bl::readable(matrix, true)) return status;
+  return bl::dequantize_columns(*matrix, first, count, out, out_bytes, dtype, threads);
+}
+
 int bl_dequantize(const bl_matrix* matrix, const int64_t* rows, int64_t count, void* out, int64_t out_bytes,
                   int32_t dtype, int threads) {
-  if (int status = bl::readable(matrix)) return status;
+  if (int status = bl::readable(matrix, false)) return status;
   return bl::dequantize(*matrix, rows, count, out, out_bytes, dtype, threads);
 }
 
 int bl_residual(const bl_matrix* matrix, const float* x, int64_t values, float* out, double* square, int threads) {
-  if (int status = bl::readable(matrix)) return status;
+  if (int status = bl::readable(matrix, false)) return status;
   return bl::residual(*matrix, x, values, out, square, threads);
 }
 }

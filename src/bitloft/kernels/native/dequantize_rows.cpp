@@ -5,6 +5,7 @@
 // alternative, arithmetic on the values, takes three operations a value and cannot be bit-equal in bfloat16 any cheaper.
 #include "dequantize.hpp"
 
+#include "columns.hpp"
 #include "lanes.hpp"
 #include "trellis.hpp"
 
@@ -172,6 +173,31 @@ void dequantize_trellis(const bl_matrix& m, int64_t row, SINK& sink) {
   }
 }
 
+// Some columns of codes that run down them: sixteen rows at once, whose scales hold for the whole group.
+template <int DTYPE>
+void columns_to(const ColumnTile& tile) {
+  const bl_matrix& m = *tile.matrix;
+  const int64_t bytes = plane_bytes(m), group = tile.first / m.group, size = DTYPE == BL_F32 ? 4 : 2;
+  const float unit = __builtin_ldexpf(1.0f, *m.exponent);
+  const uint16_t* halves = static_cast<const uint16_t*>(m.scales) + group;
+  for (int64_t begin = tile.row; begin < tile.row + tile.rows; begin += BLOCK) {
+    const int64_t rows = tile.row + tile.rows - begin < BLOCK ? tile.row + tile.rows - begin : BLOCK;
+    alignas(64) float scales[BLOCK] = {};
+    for (int64_t i = 0; i < rows; ++i) scales[i] = half_value(halves[(begin + i) * m.groups]) * unit;
+    for (int64_t i = 0; i < BLOCK; i += 16) store(scales + i, rounded_to<DTYPE>(load(scales + i)));
+    for (int64_t j = 0; j < tile.count; ++j) {
+      alignas(64) int8_t levels[BLOCK];
+      trellis_levels(m.bits, m.codes + (tile.first + j) * bytes * m.bits, bytes, begin / BLOCK, levels);
+      const Store<DTYPE> sink{reinterpret_cast<uint8_t*>(tile.out) + j * m.rows * size};
+      for (int64_t i = 0; i < rows; i += 16) {
+        const Lanes level = multiply(load_levels(levels + i), all(LEVEL_UNIT));  // eight bits: exact in every dtype
+        const Lanes value = rounded_to<DTYPE>(multiply(level, load(scales + i)));
+        rows - i >= 16 ? sink.put(begin + i, value) : sink.put_some(begin + i, rows - i, value);
+      }
+    }
+  }
+}
+
 template <class SINK>
 void dequantize_to(const bl_matrix& m, const float* levels, int64_t row, SINK& sink) {
   if (m.flags & BL_TRELLIS) return dequantize_trellis(m, row, sink);
@@ -197,6 +223,12 @@ void dequantize_row(const DequantizeRow& job) {
   if (job.dtype == BL_F32) return dequantize_as<BL_F32>(job);
   if (job.dtype == BL_BF16) return dequantize_as<BL_BF16>(job);
   dequantize_as<BL_F16>(job);
+}
+
+void column_tile(const ColumnTile& tile) {
+  if (tile.dtype == BL_F32) return columns_to<BL_F32>(tile);
+  if (tile.dtype == BL_BF16) return columns_to<BL_BF16>(tile);
+  columns_to<BL_F16>(tile);
 }
 
 void residual_row(const ResidualRow& job) {

@@ -12,6 +12,10 @@
 namespace bl {
 
 struct Block;
+struct ColumnInput;
+struct ColumnMove;
+struct ColumnProduct;
+struct ColumnTile;
 struct Dense;
 struct Finish;
 struct LoraTile;
@@ -38,6 +42,10 @@ struct Kernels {
   void (*product)(const Product&);
   bool (*tame)(const void* x, int64_t count, int32_t dtype);  // whether a row fits planes of bytes
   void (*finish)(const Finish&);
+  void (*prepare_column_input)(const ColumnInput&);
+  void (*column_product)(const ColumnProduct&);
+  void (*move_columns)(const ColumnMove&);
+  void (*column_tile)(const ColumnTile&);
   void (*lora_tile)(const LoraTile&);
   void (*encode_groups)(GroupTile&);
   void (*encode_halves)(const Halves&);

@@ -7,13 +7,14 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "block.hpp"
+#include "columns.hpp"
 #include "errors.hpp"
 #include "kernels.hpp"
+#include "linear_columns.hpp"
 #include "matrix.hpp"
+#include "memory.hpp"
 #include "pages.hpp"
 #include "pool.hpp"
 #include "product.hpp"
@@ -27,25 +28,6 @@ constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a se
 constexpr int64_t FEW = 4;  // rows of the input that are prepared before; with more, tables of 1 and 2 bits are made where they are used
 constexpr int64_t UNREADY = 16;  // rows of bfloat16 up to which tables pay although few blocks share them
 constexpr int64_t AT_FIRST = 8192;  // bytes of codes that are fetched while one row is prepared
-
-class Memory {
- public:
-  // At least `bytes`, on a cache line; what was there before may be lost.
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      held_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
-      size_ = bytes;
-    }
-    return held_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<char, Free> held_;
-  int64_t size_ = 0;
-};
 
 thread_local Memory inputs, room;
 
@@ -367,7 +349,11 @@ Stretch stretch_of(const Kernels& table, const bl_input& x, int64_t row, bool wa
 
 bool known(int32_t dtype) { return dtype == BL_F32 || dtype == BL_BF16 || dtype == BL_F16; }
 
-int check_call(const bl_input& x, const bl_product* products, int64_t count) {
+bool has_another_order(const Kernels& table, const bl_matrix& m) {
+  return by_column(m) ? can_arrange_columns(table, m) : can_arrange(m) && multiplies(m);
+}
+
+int check_call(const Kernels& table, const bl_input& x, const bl_product* products, int64_t count) {
   if (!known(x.dtype) || x.rows < 0 || x.columns < 0 || (x.rows > 1 && x.stride < x.columns) ||
       (x.values == nullptr && x.rows * x.columns > 0))
     return fail("packed_linear has no input of %lld x %lld values.", (long long)x.rows, (long long)x.columns);
@@ -377,7 +363,7 @@ int check_call(const bl_input& x, const bl_product* products, int64_t count) {
     if (p.weight->columns != x.columns)
       return fail("the input has %lld columns, the weight needs %lld.", (long long)x.columns, (long long)p.weight->columns);
     if (!multiplies(*p.weight)) return fail("codes of %d bits in groups of %lld are not multiplied here.", p.weight->bits, (long long)p.weight->group);
-    if ((p.weight->flags & BL_ARRANGED) && !can_arrange(*p.weight))
+    if ((p.weight->flags & BL_ARRANGED) && !has_another_order(table, *p.weight))
       return fail("codes of %d bits in rows of %lld are said to be arranged; they have no other order.", p.weight->bits, (long long)p.weight->width);
     if (!known(p.dtype) || (x.rows > 1 && p.stride < p.weight->rows) || (p.out == nullptr && x.rows * p.weight->rows > 0))
       return fail("packed_linear has no output of %lld x %lld values.", (long long)x.rows, (long long)p.weight->rows);
@@ -385,9 +371,35 @@ int check_call(const bl_input& x, const bl_product* products, int64_t count) {
   return 0;
 }
 
+void multiply_by_rows(const Kernels& table, const bl_input& x, const bl_product* products, int64_t count, int32_t flags, int threads) {
+  constexpr int64_t AT_ONCE = 8;  // matrices
+  for (int64_t first = 0; first < count; first += AT_ONCE) {
+    Part parts[AT_ONCE];
+    const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
+    bool wanted = false;  // by any of them: looking at every value of the input is not free
+    for (int64_t i = 0; i < some; ++i) wanted = wanted || by_bytes(*products[first + i].weight, x.rows, x.dtype, flags);
+    wanted = wanted && table.bytes;
+    for (int64_t row = 0; row < x.rows;) {
+      const Stretch stretch = stretch_of(table, x, row, wanted);
+      for (int64_t i = 0; i < some; ++i) parts[i] = part_of(products[first + i], x.dtype, x.rows, flags, table, stretch.tame);
+      Call(table, x, row, stretch.rows, parts, some, threads).go();
+      row += stretch.rows;
+    }
+  }
+}
+
+void multiply_by_columns(const Kernels& table, const bl_input& x, const bl_product* products, int64_t count, int32_t flags, int threads) {
+  for (int64_t row = 0; row < x.rows;) {
+    const Stretch stretch = stretch_of(table, x, row, table.bytes && !(flags & BL_INT8));
+    multiply_columns(table, x, row, stretch.rows, stretch.tame, products, count, flags, threads);
+    row += stretch.rows;
+  }
+}
+
 }  // namespace
 
 bool multiplies(const bl_matrix& m) {
+  if (by_column(m)) return true;
   return m.bits <= 4 && !(m.flags & BL_TRELLIS) && (m.groups <= 1 || m.group % unit_columns(m.bits) == 0);
 }
 
@@ -397,21 +409,14 @@ extern "C" {
 
 int bl_packed_linear(const bl_input* x, const bl_product* products, int64_t count, int32_t flags, int threads) {
   const bl::Kernels* table = bl::kernels();
-  if (table == nullptr || bl::check_call(*x, products, count)) return -1;
+  if (table == nullptr || bl::check_call(*table, *x, products, count)) return -1;
   if ((flags & BL_INT8) && !table->bytes) return bl::fail("products in 8 bits need AVX-512, this processor runs %s.", table->name);
-  constexpr int64_t AT_ONCE = 8;  // matrices
-  for (int64_t first = 0; first < count; first += AT_ONCE) {
-    bl::Part parts[AT_ONCE];
-    const int64_t some = count - first < AT_ONCE ? count - first : AT_ONCE;
-    bool wanted = false;  // by any of them: looking at every value of the input is not free
-    for (int64_t i = 0; i < some; ++i) wanted = wanted || bl::by_bytes(*products[first + i].weight, x->rows, x->dtype, flags);
-    wanted = wanted && table->bytes;
-    for (int64_t row = 0; row < x->rows;) {
-      const bl::Stretch stretch = bl::stretch_of(*table, *x, row, wanted);
-      for (int64_t i = 0; i < some; ++i) parts[i] = bl::part_of(products[first + i], x->dtype, x->rows, flags, *table, stretch.tame);
-      bl::Call(*table, *x, row, stretch.rows, parts, some, threads).go();
-      row += stretch.rows;
-    }
+  for (int64_t first = 0, some; first < count; first += some) {
+    const bool columns = bl::by_column(*products[first].weight);
+    some = 1;
+    while (first + some < count && bl::by_column(*products[first + some].weight) == columns) ++some;
+    if (columns) bl::multiply_by_columns(*table, *x, products + first, some, flags, threads);
+    else bl::multiply_by_rows(*table, *x, products + first, some, flags, threads);
   }
   return 0;
 }
@@ -430,9 +435,10 @@ int bl_arrange(bl_matrix* matrix, uint8_t* codes, void* scales, int back, int th
   const bl::Kernels* table = bl::kernels();
   if (table == nullptr || bl::check(matrix)) return -1;
   const bl_matrix& m = *matrix;
-  if (!bl::can_arrange(m) || !bl::multiplies(m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
+  if (!bl::has_another_order(*table, m)) return bl::fail("codes of %d bits in rows of %lld have no other order.", m.bits, (long long)m.width);
   if (scales != nullptr && m.scales_bytes != m.rows * m.groups * 2)
     return bl::fail("scales that are no fp16 number per group have no other order.");
+  if (bl::by_column(m)) return bl::arrange_columns(*table, m, codes, static_cast<uint16_t*>(scales), back != 0, threads);
   const int64_t blocks = m.rows / bl::BLOCK, beside = table->bytes && m.bits == 3 ? bl::BESIDE : 1;
   bl::Stage stage;
   bl::run(threads, [&] {

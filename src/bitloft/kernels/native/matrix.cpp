@@ -25,7 +25,9 @@ int check(const bl_matrix* matrix) {
     return fail("a packed matrix of width %lld stores %lld scales a row.", (long long)m.width, (long long)m.groups);
   const int64_t scaled = (whole ? (m.rows > 0 ? 1 : 0) : m.rows) * m.groups;
   const bool dq = (m.flags & BL_DQ) != 0;
-  if (m.codes_bytes != m.rows * (m.width * m.bits / 8) || (m.codes_bytes > 0 && m.codes == nullptr))
+  const bool by_column = (m.flags & BL_COLUMNS) != 0;
+  const int64_t codes = by_column ? m.columns * ((m.rows + 7) / 8 * m.bits) : m.rows * (m.width * m.bits / 8);
+  if (m.codes_bytes != codes || (m.codes_bytes > 0 && m.codes == nullptr))
     return fail("a packed matrix of %lld x %lld has %lld bytes of codes.", (long long)m.rows, (long long)m.width,
                 (long long)m.codes_bytes);
   if (m.scales_bytes != scaled * (dq ? 1 : 2) || (m.scales_bytes > 0 && m.scales == nullptr))
@@ -38,7 +40,10 @@ int check(const bl_matrix* matrix) {
   if (dq && (m.range_bytes != (scaled + 255) / 256 * 2 || (scaled > 0 && (m.low == nullptr || m.step == nullptr))))
     return fail("a packed matrix has %lld bytes of scale ranges.", (long long)m.range_bytes);
   const bool trellis = (m.flags & BL_TRELLIS) != 0;
-  if (trellis && (m.bits > 4 || (m.flags & ~BL_TRELLIS) != 0 || m.groups > 1 || m.zeros != nullptr || m.shifts != nullptr || m.learned != nullptr))
+  if (by_column && (!trellis || (m.width > 0 && m.groups == 0)))
+    return fail("codes that run down columns are those of a trellis and have scales; a packed matrix has flags %d.", m.flags);
+  const int32_t known = BL_TRELLIS | (by_column ? BL_COLUMNS | BL_ARRANGED : 0);
+  if (trellis && (m.bits > 4 || (m.flags & ~known) != 0 || (m.groups > 1 && !by_column) || m.zeros != nullptr || m.shifts != nullptr || m.learned != nullptr))
     return fail("no trellis codes have %d bits, flags %d or %lld scales a row.", m.bits, m.flags, (long long)m.groups);
   if (m.exponent == nullptr || (!half && !trellis && m.levels == nullptr && m.learned == nullptr))
     return fail("a packed matrix lacks its exponent or its levels.");

@@ -39,6 +39,7 @@ int check_factor(const bl_factor& factor, int64_t rows, int64_t columns) {
   if (factor.packed->rows != rows || factor.packed->columns != columns)
     return fail("a packed factor has %lld x %lld values where %lld x %lld are needed.", (long long)factor.packed->rows,
                 (long long)factor.packed->columns, (long long)rows, (long long)columns);
+  if (factor.packed->flags & BL_COLUMNS) return fail("a factor's codes run down its columns; only rows can be read.");
   if (factor.packed->flags & BL_ARRANGED) return fail("a factor's codes are arranged; only row order can be read.");
   return 0;
 }

@@ -25,6 +25,10 @@ void prepare(const Preparation& p);
 void product(const Product& p);
 bool tame(const void* x, int64_t count, int32_t dtype);
 void finish(const Finish& f);
+void prepare_column_input(const ColumnInput& in);
+void column_product(const ColumnProduct& p);
+void move_columns(const ColumnMove& move);
+void column_tile(const ColumnTile& tile);
 void lora_tile(const LoraTile& tile);
 void encode_groups(GroupTile& tile);
 void encode_halves(const Halves& job);
@@ -54,6 +58,10 @@ const Kernels BL_TABLE(BL_ISA) = {
     .product = BL_ISA::product,
     .tame = BL_ISA::tame,
     .finish = BL_ISA::finish,
+    .prepare_column_input = BL_ISA::prepare_column_input,
+    .column_product = BL_ISA::column_product,
+    .move_columns = BL_ISA::move_columns,
+    .column_tile = BL_ISA::column_tile,
     .lora_tile = BL_ISA::lora_tile,
     .encode_groups = BL_ISA::encode_groups,
     .encode_halves = BL_ISA::encode_halves,
