@@ -2,9 +2,8 @@
 //
 // AVX-512: a row of the input becomes whole numbers, their bytes in planes, as in product_bytes.cpp: two bytes where it is bfloat16,
 // else three, multiples of a step of each piece. Levels are whole numbers as they are, so nothing is rounded while they are added. The
-// bits of all levels of a cell are found in bytes: `window` of eight neighbouring rows, parities of which are products of matrices over
-// bits, one that computes them and one that turns them over. So sixty-four levels take one and a half such products, and shifts for the
-// other planes. Each row of the input gets what it gets alone.
+// bits that choose levels are parities of a byte and the one before it, which a product with a matrix over bits finds for two rows of a byte
+// at once: one such product for sixty-four levels, and a shift for each other plane. Each row of the input gets what it gets alone.
 //
 // Elsewhere, and for input that is not finite, huge or tiny: levels as float32, one column after the other.
 #include "columns.hpp"
@@ -43,8 +42,8 @@ struct Cells {
   int64_t count;
 };
 
-// What of a cell is added up for bit `7 - k % 4` of two indices: rows 2 * pair and the next one of a byte, of which bits 0 to 7 are
-// the byte itself and those below the one before.
+// Which bits of a byte (or of the byte before) are added up for bit i of what two neighbouring rows of it look up with, 2 * pair and
+// the next: four bits each.
 template <int K>
 constexpr uint64_t pair_taps(int pair, bool before) {
   uint64_t matrix = 0;
@@ -101,11 +100,11 @@ struct Cell {
 
   template <int PAIR>
   BL_INLINE void levels(__m512i table, __m512i* first, __m512i* second) const {
-    const __m512i here = _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, false))), planes[0], 0);
-    const __m512i there = _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, true))), before, 0);
-    const __m512i turned = _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x0102040810204080), _mm512_xor_si512(here, there), 0);
-    *first = _mm512_permutexvar_epi8(index<2 * PAIR>(turned), table);
-    *second = _mm512_permutexvar_epi8(index<2 * PAIR + 1>(_mm512_srli_epi64(turned, 4)), table);
+    const __m512i found = _mm512_xor_si512(
+        _mm512_gf2p8affine_epi64_epi8(planes[0], _mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, false))), 0),
+        _mm512_gf2p8affine_epi64_epi8(before, _mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, true))), 0));
+    *first = _mm512_permutexvar_epi8(index<2 * PAIR>(found), table);
+    *second = _mm512_permutexvar_epi8(index<2 * PAIR + 1>(_mm512_srli_epi64(found, 4)), table);
   }
 };
 
@@ -247,9 +246,7 @@ BL_INLINE void to_pairs(const __m512* rows, __m512* pairs) {
 }
 
 void add_in_order(const float* pairs, float* totals) {
-  for (int pair = 0; pair < PAIRS; ++pair)
-    for (int byte = 0; byte < 8; ++byte)
-      for (int i = 0; i < 2; ++i) totals[8 * byte + 2 * pair + i] += pairs[16 * pair + 2 * byte + i];
+  for (int64_t row = 0; row < BLOCK; ++row) totals[row] += pairs[paired(row)];
 }
 
 // Sums of two rows of each byte over four columns in each lane -> over eight.
@@ -360,9 +357,9 @@ BL_INLINE void pair_scales(const ColumnProduct& p, int64_t group, __m512* scales
   for (int v = 0; v < 4; ++v) {
     const int64_t at = group * BLOCK + 16 * v;
     const __m512 scale = p.scales != nullptr ? _mm512_loadu_ps(p.scales + at) : load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)).v;
-    rows[v] = _mm512_mul_ps(scale, unit);
+    rows[v] = scales[v] = _mm512_mul_ps(scale, unit);
   }
-  to_pairs(rows, scales);
+  if (!p.in_pairs) to_pairs(rows, scales);
 }
 
 template <int K, int DIGITS>
@@ -444,22 +441,31 @@ inline void sum_floats(const float* levels, int64_t columns, const float* x, Lan
     for (int v = 0; v < 4; ++v) sums[v] = fma(all(x[j]), load(levels + 16 * v), sums[v]);
 }
 
+// The scales of a group in the order of rows.
+inline void row_scales(const ColumnProduct& p, int64_t group, float* to) {
+  alignas(64) float scales[BLOCK];
+  for (int64_t i = 0; i < BLOCK; i += 16) {
+    const int64_t at = group * BLOCK + i;
+    store(scales + i, p.scales != nullptr ? load(p.scales + at) : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit)));
+  }
+  for (int64_t row = 0; row < BLOCK; ++row) to[row] = scales[p.in_pairs ? paired(row) : row];
+}
+
 template <int K>
 void multiply_floats(const ColumnProduct& p) {
   const bl_matrix& m = *p.matrix;
-  alignas(64) float levels[SOME * BLOCK];
+  alignas(64) float levels[SOME * BLOCK], scales[BLOCK];
   for (int64_t begin = 0, columns; begin < m.columns; begin += columns) {
     const int64_t group = begin / m.group, end = (group + 1) * m.group < m.columns ? (group + 1) * m.group : m.columns;
     columns = end - begin < SOME ? end - begin : SOME;
     float_levels<K>(p, begin, columns, levels);
+    row_scales(p, group, scales);
     for (int64_t r = 0; r < p.inputs; ++r) {
       Lanes sums[4];
       sum_floats(levels, columns, reinterpret_cast<const float*>(p.x + r * p.stride) + begin, sums);
       for (int v = 0; v < 4; ++v) {
         float* total = p.totals + r * BLOCK + 16 * v;
-        const int64_t at = group * BLOCK + 16 * v;
-        const Lanes scale = p.scales != nullptr ? load(p.scales + at) : multiply(load_halves(reinterpret_cast<const uint8_t*>(p.halves + at)), all(p.unit));
-        store(total, fma(sums[v], scale, load(total)));
+        store(total, fma(sums[v], load(scales + 16 * v), load(total)));
       }
     }
   }

@@ -5,7 +5,7 @@
 //   [planes][8 bytes of rows][8 columns]      one line of 64 bytes for each plane
 //
 // so that whole numbers of the input, one byte a column, meet the levels of one row in eight neighbouring bytes. Arranged, the cells
-// of sixty-four rows follow each other, [rows / 64][columns / 8], behind them what is left of each column in the order of the file.
+// of sixty-four rows follow each other, [rows / 64][columns / 8], behind them what is left of each column in the order of the file; so do the scales, [groups][64].
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,10 @@ namespace bl {
 
 constexpr int64_t CELL = 8;   // columns of a cell
 constexpr int64_t LINE = 64;  // bytes that a plane of it takes
+
+// Where a row of sixty-four stands among the sums that dot products with cells leave, and among arranged scales: two rows of each byte
+// beside each other.
+inline int64_t paired(int64_t row) { return row % 8 / 2 * 16 + row / 8 * 2 + row % 2; }
 
 inline bool by_column(const bl_matrix& m) { return (m.flags & BL_COLUMNS) != 0; }
 
@@ -66,6 +70,7 @@ struct ColumnProduct {
   const float* scales;     // [groups][64], or nullptr where they are
   const uint16_t* halves;  // fp16 [groups][64], to be multiplied by
   float unit;              // a power of two
+  bool in_pairs;           // the order of scales
   float* totals;           // [inputs][64], added to
   float* room;             // as many
 };

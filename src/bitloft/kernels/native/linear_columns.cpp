@@ -108,6 +108,7 @@ class Call {
         .scales = halves ? nullptr : turned,
         .halves = static_cast<const uint16_t*>(m.scales) + row * m.groups,
         .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
+        .in_pairs = in_order,
         .totals = totals,
         .room = totals + sums,
     });
@@ -145,8 +146,8 @@ void arrange_scales(uint16_t* scales, int64_t groups, bool back, uint16_t* copy)
   std::memcpy(copy, scales, static_cast<size_t>(BLOCK * groups * 2));
   for (int64_t row = 0; row < BLOCK; ++row)
     for (int64_t g = 0; g < groups; ++g) {
-      if (back) scales[row * groups + g] = copy[g * BLOCK + row];
-      else scales[g * BLOCK + row] = copy[row * groups + g];
+      if (back) scales[row * groups + g] = copy[g * BLOCK + paired(row)];
+      else scales[g * BLOCK + paired(row)] = copy[row * groups + g];
     }
 }
 
