@@ -70,6 +70,11 @@ BL_INLINE __m512i moved(__m512i x) {
   return x;
 }
 
+// What the two rows of a pair are looked up in.
+struct Book {
+  __m512i first, second;
+};
+
 // The levels of one cell, 128 more than they are: two vectors for each pair, [8 bytes of rows][8 columns].
 template <int K>
 struct Cell {
@@ -81,30 +86,42 @@ struct Cell {
     before = _mm512_alignr_epi64(planes[0], _mm512_set1_epi64(static_cast<int64_t>(load64(before_it))), 7);
   }
 
+  // Bits from the other planes come above those of the subset. Where one of six is to spare, the second row of a pair has them one bit
+  // higher, so that a plane is moved once for both; the bit that is left out holds what the other row reads there.
+  static constexpr int SPARE = Trellis<K>::SPLIT + K - 1 < 6 ? 1 : 0;
+
+  // The levels of the rows of a pair, by what is looked up: bits that mean nothing repeat them.
+  template <int ROW>
   static BL_INLINE __m512i table() {
-    alignas(64) static constexpr auto levels = Trellis<K>::repeated();
+    constexpr int SPLIT = Trellis<K>::SPLIT;
+    alignas(64) static constexpr auto levels = [] {
+      typename Trellis<K>::Bytes found(Trellis<K>::LEVELS), out = found;
+      for (int i = 0; i < 64; ++i) out.v[i] = found.v[ROW * SPARE == 0 || K == 1 ? i : (i & ((1 << SPLIT) - 1)) | i >> (SPLIT + 1) << SPLIT];
+      return out;
+    }();
     return _mm512_xor_si512(_mm512_load_si512(levels.v), _mm512_set1_epi8(static_cast<char>(128)));
   }
 
-  // Bits from the other planes come above those of the subset; what lies above them the table repeats over.
-  template <int T, int P = 1>
+  template <int PAIR, int ROW, int P = 1>
   BL_INLINE __m512i index(__m512i low) const {
     if constexpr (P >= K) {
       return low;
     } else {
       constexpr int AT = Trellis<K>::SPLIT + P - 1;
-      const __m512i below = _mm512_set1_epi8(static_cast<char>((1 << AT) - 1));
-      return index<T, P + 1>(_mm512_ternarylogic_epi64(below, low, moved<AT - T>(planes[P]), 0xca));
+      // the first plane also fills the bit that is left out
+      const __m512i below = _mm512_set1_epi8(static_cast<char>((1 << (P > 1 ? AT + ROW * SPARE : AT)) - 1));
+      const __m512i plane = moved<AT - 2 * PAIR - (SPARE ? 0 : ROW)>(planes[P]);
+      return index<PAIR, ROW, P + 1>(_mm512_ternarylogic_epi64(below, low, plane, 0xca));
     }
   }
 
   template <int PAIR>
-  BL_INLINE void levels(__m512i table, __m512i* first, __m512i* second) const {
+  BL_INLINE void levels(const Book& book, __m512i* first, __m512i* second) const {
     const __m512i found = _mm512_xor_si512(
         _mm512_gf2p8affine_epi64_epi8(planes[0], _mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, false))), 0),
         _mm512_gf2p8affine_epi64_epi8(before, _mm512_set1_epi64(static_cast<int64_t>(pair_taps<K>(PAIR, true))), 0));
-    *first = _mm512_permutexvar_epi8(index<2 * PAIR>(found), table);
-    *second = _mm512_permutexvar_epi8(index<2 * PAIR + 1>(_mm512_srli_epi64(found, 4)), table);
+    *first = _mm512_permutexvar_epi8(index<PAIR, 0>(found), book.first);
+    *second = _mm512_permutexvar_epi8(index<PAIR, 1>(_mm512_srli_epi64(found, 4)), book.second);
   }
 };
 
@@ -296,7 +313,7 @@ BL_INLINE void read_digits(const char* x, int64_t cell, __m512i* digits) {
 // A piece for one row of the input, levels found and used at once: COUNT pairs of rows of each byte.
 template <int K, int DIGITS, int FIRST, int COUNT>
 BL_INLINE void sum_cells(const Cells& cells, const char* x, const uint32_t* starts, __m512* found) {
-  const __m512i table = Cell<K>::table();
+  const Book book{Cell<K>::template table<0>(), Cell<K>::template table<1>()};
   Sums<DIGITS, COUNT> sums;
   const uint8_t *codes = cells.codes, *before = cells.before;
   for (int64_t c = 0; c < cells.count; ++c, codes += K * LINE, before += cells.apart) {
@@ -308,7 +325,7 @@ BL_INLINE void sum_cells(const Cells& cells, const char* x, const uint32_t* star
     const auto add = [&](auto pair) __attribute__((always_inline)) {
       constexpr int PAIR = decltype(pair)::value;
       __m512i first, second;
-      cell.template levels<FIRST + PAIR>(table, &first, &second);
+      cell.template levels<FIRST + PAIR>(book, &first, &second);
       sums.add(2 * PAIR, first, digits), sums.add(2 * PAIR + 1, second, digits);
     };
     add(Number<0>{});
@@ -322,15 +339,15 @@ BL_INLINE void sum_cells(const Cells& cells, const char* x, const uint32_t* star
 // Levels of a piece, [cells][8 rows of a byte][64].
 template <int K>
 void write_levels(const Cells& cells, uint8_t* to) {
-  const __m512i table = Cell<K>::table();
+  const Book book{Cell<K>::template table<0>(), Cell<K>::template table<1>()};
   const uint8_t *codes = cells.codes, *before = cells.before;
   for (int64_t c = 0; c < cells.count; ++c, codes += K * LINE, before += cells.apart, to += LEVELS) {
 #pragma GCC unroll 4
     for (int p = 0; p < K; ++p) _mm_prefetch(codes + FAR + p * LINE, _MM_HINT_T0);
     const Cell<K> cell(codes, before);
     __m512i levels[2 * PAIRS];
-    cell.template levels<0>(table, levels, levels + 1), cell.template levels<1>(table, levels + 2, levels + 3);
-    cell.template levels<2>(table, levels + 4, levels + 5), cell.template levels<3>(table, levels + 6, levels + 7);
+    cell.template levels<0>(book, levels, levels + 1), cell.template levels<1>(book, levels + 2, levels + 3);
+    cell.template levels<2>(book, levels + 4, levels + 5), cell.template levels<3>(book, levels + 6, levels + 7);
 #pragma GCC unroll 8
     for (int i = 0; i < 2 * PAIRS; ++i) _mm512_store_si512(to + i * LINE, levels[i]);
   }
