@@ -20,46 +20,21 @@ from bitloft.kernels import cpu
 from bitloft.kernels.plain import TILE
 from bitloft.packed import PackedTensor
 
+BLOCK = 64  # rows of which the native library finds those in codes that run down columns
+
 
 def takes(packed: PackedTensor, dtype: torch.dtype) -> bool:
-    """Whether the native library decodes rows of this: it is there, parts are on the CPU, and it knows the dtype."""
-    return cpu.takes(packed) and dtype in cpu.DTYPES and not packed.format.by_column
-
-
-def takes_columns(packed: PackedTensor, dtype: torch.dtype) -> bool:
-    """The same for columns, of codes that run down them."""
-    return cpu.takes(packed) and dtype in cpu.DTYPES and packed.format.by_column
-
-
-def columns(packed: PackedTensor, begin: int, end: int, dtype: torch.dtype) -> Float[Tensor, "columns rows"]:
-    """Columns ``begin`` to ``end`` of the matrix that ``packed`` is with its leading axes flattened."""
-    out = torch.empty(end - begin, packed.scales.shape[0], dtype=dtype)
-    return _columns_to(packed, begin, out)
-
-
-def column_tiles(
-    packed: PackedTensor, dtype: torch.dtype
-) -> Iterator[tuple[slice, Float[Tensor, "columns rows"]]]:
-    """A matrix some columns at a time, as ``tiles`` gives rows."""
-    rows, count = packed.shape
-    step = max(TILE // max(rows, 1), 1)
-    step = max(step - step % packed.format.group, 1)
-    for begin in range(0, count, step):
-        end = min(begin + step, count)
-        tile = _room((end - begin) * rows, dtype).view(end - begin, rows)
-        yield slice(begin, end), _columns_to(packed, begin, tile)
-
-
-def _columns_to(packed: PackedTensor, begin: int, out: Tensor) -> Tensor:
-    status = _columns_function()(
-        byref(cpu.matrix(packed)), begin, out.shape[0], out.data_ptr(), out.nbytes, cpu.DTYPES[out.dtype], cpu.threads()
-    )
-    cpu.done(status)
-    return out
+    """Whether the native library decodes this: it is there, the parts are on the CPU, and it knows the dtype."""
+    return cpu.takes(packed) and dtype in cpu.DTYPES
 
 
 def decode(packed: PackedTensor, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """See ``plain.decode``."""
+    if packed.format.by_column:
+        rows = packed.scales.shape[0]
+        turned = torch.empty(packed.shape[-1], rows, dtype=dtype)
+        _columns_to(packed, 0, turned)
+        return turned.T.reshape(packed.shape)
     out = torch.empty(packed.shape, dtype=dtype)
     _run(packed, None, packed.codes.shape[0], out)
     return out
@@ -69,6 +44,8 @@ def decode_rows(packed: PackedTensor, rows: Int[Tensor, " some"], dtype: torch.d
     """See ``plain.decode_rows``. Raises IndexError for a row that does not exist."""
     if len(packed.shape) != 2:
         raise KernelError(f"decode_rows takes a matrix; the tensor has shape {packed.shape}.")
+    if packed.format.by_column:
+        return decode(packed, dtype).index_select(0, rows.flatten())
     out = torch.empty(rows.numel(), packed.shape[1], dtype=dtype)
     _run(packed, rows.to(torch.int64).contiguous(), rows.numel(), out)
     return out
@@ -78,12 +55,20 @@ def tiles(packed: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Flo
     """A matrix some rows at a time, of about ``plain.TILE`` values; a tile is good until the next one is asked for.
 
     Tiles lie in memory that each thread keeps. Fresh memory costs more than decoding: the system clears every page.
+    Where codes run down columns, so do the values of a tile.
     """
     count, columns = packed.shape
     step = max(TILE // max(columns, 1), 1)
+    step = -(-step // BLOCK) * BLOCK if packed.format.by_column else step
     for begin in range(0, count, step):
         end = min(begin + step, count)
-        tile = _room((end - begin) * columns, dtype).view(end - begin, columns)
+        room = _room((end - begin) * columns, dtype)
+        if packed.format.by_column:
+            tile = room.view(columns, end - begin)
+            _columns_to(packed, begin, tile)
+            yield slice(begin, end), tile.T
+            continue
+        tile = room.view(end - begin, columns)
         rows = None if begin == 0 and end == count else torch.arange(begin, end)
         _run(packed, rows, end - begin, tile)
         yield slice(begin, end), tile
@@ -111,10 +96,10 @@ def residual(x: Float[Tensor, "*shape"], packed: PackedTensor, out: Tensor | Non
 
 
 def takes_residual(x: Tensor, packed: PackedTensor, out: Tensor | None) -> bool:
-    """Whether the native library takes these: float32 on the CPU, contiguous."""
+    """Whether the native library takes these: float32 on the CPU, contiguous, codes that run along rows."""
     given = (x,) if out is None else (x, out)
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in given)
-    return plain and takes(packed, x.dtype)
+    return plain and cpu.takes(packed) and not packed.format.by_column
 
 
 def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> None:
@@ -124,6 +109,12 @@ def _run(packed: PackedTensor, rows: Tensor | None, count: int, out: Tensor) -> 
     if status > 0:
         raise IndexError(f"a row number is outside the {packed.format} matrix of shape {packed.shape}.")
     cpu.done(status)
+
+
+def _columns_to(packed: PackedTensor, row: int, out: Tensor) -> None:
+    """Rows from ``row`` on as the columns of ``out`` [columns, rows]."""
+    call, kind = _columns_function(), cpu.DTYPES[out.dtype]
+    cpu.done(call(byref(cpu.matrix(packed)), row, out.shape[1], out.data_ptr(), out.nbytes, kind, cpu.threads()))
 
 
 @cache

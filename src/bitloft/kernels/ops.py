@@ -11,8 +11,6 @@
 What they compute is defined in ``plain`` and nowhere else; ``explain`` says which implementation runs, and why.
 """
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -69,12 +67,10 @@ def encode_trellis(
 
 def decode(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
     """The values that ``packed`` stands for, in ``dtype`` and its own shape; see ``plain.decode``."""
-    if packed.format.by_column:
-        if cpu_dequantize.takes_columns(packed, dtype):
-            return cpu_dequantize.columns(packed, 0, packed.shape[-1], dtype).T.reshape(packed.shape)
-        return columnwise.decode(packed, dtype, decode)
     if cpu_dequantize.takes(packed, dtype):
         return cpu_dequantize.decode(packed, dtype)
+    if packed.format.by_column:
+        return columnwise.decode(packed, dtype, decode)
     if gpu.takes(packed.codes) and dtype in cpu.DTYPES:
         return gpu.decode(packed, dtype)
     return plain.decode(packed, dtype)
@@ -143,18 +139,10 @@ def _decoded(x: Tensor, weight: PackedTensor) -> Tensor:
     """x @ decode(weight).T where the native library does not multiply codes."""
     if weight.format.by_column:
         plain.check_matrix(x, weight, axis=1)
-        return columnwise.linear(x, weight, _column_tiles(weight, x.dtype))
+        return columnwise.linear(x, weight, columnwise.tiles(weight, x.dtype, decode))
     if gpu.takes(x) and gpu.takes(weight.codes) and x.dtype in cpu.DTYPES:
         return gpu.packed_linear(x, weight)
     return plain.packed_linear(x, cpu_linear.canonical(weight))
-
-
-def _column_tiles(weight: PackedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A matrix whose codes run down columns, transposed, some columns at a time."""
-    weight = cpu_linear.canonical(weight)
-    if cpu_dequantize.takes_columns(weight, dtype):
-        return cpu_dequantize.column_tiles(weight, dtype)
-    return columnwise.tiles(weight, dtype, decode)
 
 
 def _rounded(
@@ -182,15 +170,14 @@ def packed_linear_grad_input(
 
     Native code decodes; the product is torch's, whose matrix multiplication is as good as ours for many rows.
     """
-    if weight.format.by_column:
-        plain.check_matrix(grad, weight, axis=0)
-        return columnwise.grad_input(grad, weight, _column_tiles(weight, grad.dtype))
-    if gpu.takes(grad) and gpu.takes(weight.codes) and grad.dtype in cpu.DTYPES:
+    if gpu.takes(grad) and gpu.takes(weight.codes) and grad.dtype in cpu.DTYPES and not weight.format.by_column:
         return gpu.packed_linear_grad_input(grad, weight)
     weight = cpu_linear.canonical(weight)
-    if not cpu_dequantize.takes(weight, grad.dtype):
-        return plain.packed_linear_grad_input(grad, weight)
     plain.check_matrix(grad, weight, axis=0)
+    if not cpu_dequantize.takes(weight, grad.dtype):
+        if weight.format.by_column:
+            return columnwise.grad_input(grad, weight, columnwise.tiles(weight, grad.dtype, decode))
+        return plain.packed_linear_grad_input(grad, weight)
     flat = grad.reshape(-1, grad.shape[-1])
     out: Tensor | None = None
     with torch.no_grad():

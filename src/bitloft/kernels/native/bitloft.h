@@ -100,8 +100,9 @@ BL_API int bl_encode_trellis(const float *x, const float *weights, int64_t rows,
 BL_API int bl_dequantize(const bl_matrix *matrix, const int64_t *rows, int64_t count, void *out, int64_t out_bytes,
                          int32_t dtype, int threads);
 
-/* Numbers of `count` columns of a BL_COLUMNS matrix, from `first` on, [count, rows] of `dtype`, contiguous; rounded likewise. */
-BL_API int bl_dequantize_columns(const bl_matrix *matrix, int64_t first, int64_t count, void *out, int64_t out_bytes,
+/* Numbers of `rows` rows of a BL_COLUMNS matrix, from `row` on (a multiple of 64), turned over: [columns, rows] of `dtype`,
+ * contiguous; rounded likewise. */
+BL_API int bl_dequantize_columns(const bl_matrix *matrix, int64_t row, int64_t rows, void *out, int64_t out_bytes,
                                  int32_t dtype, int threads);
 
 /* x minus the matrix, `values` float32 each: written to `out` unless that is NULL (it may be x), and the sum of the

@@ -75,13 +75,14 @@ struct ColumnProduct {
   float* room;             // as many
 };
 
-// Some columns to numbers, [columns][rows], those of `rows` rows from `row` on; all in one group.
+// Some columns of one group to numbers, `rows` of each from `row` on.
 struct ColumnTile {
   const bl_matrix* matrix;
   int64_t first, count;  // columns
   int64_t row, rows;
   int32_t dtype;
-  char* out;  // where the numbers of the first column begin, those of matrix->rows rows
+  char* out;
+  int64_t stride;  // values from column to column
 };
 
 // Sixty-four rows to cells in place of the codes that `codes` holds, or back; `copy` are all codes as they were.

@@ -81,22 +81,21 @@ int residual(const bl_matrix& m, const float* x, int64_t values, float* out, dou
   return 0;
 }
 
-// Some columns of some rows at a time, so many that each thread has enough of them.
-int dequantize_columns(const bl_matrix& m, int64_t first, int64_t count, void* out, int64_t out_bytes, int32_t dtype, int threads) {
+// A group of some rows at a time.
+int dequantize_columns(const bl_matrix& m, int64_t row, int64_t rows, void* out, int64_t out_bytes, int32_t dtype, int threads) {
   if (dtype != BL_F32 && dtype != BL_BF16 && dtype != BL_F16) return fail("dequantize knows no dtype %d.", dtype);
   const int64_t size = dtype == BL_F32 ? 4 : 2;
-  if (first < 0 || count < 0 || first + count > m.columns || out_bytes != count * m.rows * size)
-    return fail("dequantize of columns %lld to %lld of %lld x %lld has %lld bytes of output.", (long long)first, (long long)(first + count),
+  if (row < 0 || row % BLOCK != 0 || rows < 0 || rows > m.rows - row || out_bytes != rows * m.columns * size)
+    return fail("dequantize of %lld rows from %lld on, of %lld x %lld, has %lld bytes of output.", (long long)rows, (long long)row,
                 (long long)m.rows, (long long)m.columns, (long long)out_bytes);
   if (out_bytes == 0) return 0;
-  const int64_t spans = (m.rows + SPAN - 1) / SPAN, group = first / m.group, groups = (first + count - 1) / m.group + 1 - group;
+  const int64_t spans = (rows + SPAN - 1) / SPAN, groups = (m.columns + m.group - 1) / m.group;
   Stage stage;
   run(out_bytes < 2 * BATCH ? 1 : threads, [&] {
     stage.share(groups * spans, [&](int64_t turn) {
-      const int64_t g = group + turn / spans, row = turn % spans * SPAN;
-      const int64_t begin = std::max(g * m.group, first), end = std::min((g + 1) * m.group, first + count);
-      char* const to = static_cast<char*>(out) + (begin - first) * m.rows * size;
-      kernels()->column_tile({&m, begin, end - begin, row, std::min(SPAN, m.rows - row), dtype, to});
+      const int64_t first = turn / spans * m.group, begin = turn % spans * SPAN;
+      char* const to = static_cast<char*>(out) + (first * rows + begin) * size;
+      kernels()->column_tile({&m, first, std::min(m.group, m.columns - first), row + begin, std::min(SPAN, rows - begin), dtype, to, rows});
     });
   });
   return 0;
@@ -106,9 +105,9 @@ int dequantize_columns(const bl_matrix& m, int64_t first, int64_t count, void* o
 
 extern "C" {
 
-int bl_dequantize_columns(const bl_matrix* matrix, int64_t first, int64_t count, void* out, int64_t out_bytes, int32_t dtype, int threads) {
+int bl_dequantize_columns(const bl_matrix* matrix, int64_t row, int64_t rows, void* out, int64_t out_bytes, int32_t dtype, int threads) {
   if (int status = bl::readable(matrix, true)) return status;
-  return bl::dequantize_columns(*matrix, first, count, out, out_bytes, dtype, threads);
+  return bl::dequantize_columns(*matrix, row, rows, out, out_bytes, dtype, threads);
 }
 
 int bl_dequantize(const bl_matrix* matrix, const int64_t* rows, int64_t count, void* out, int64_t out_bytes,

@@ -188,11 +188,12 @@ void columns_to(const ColumnTile& tile) {
     for (int64_t j = 0; j < tile.count; ++j) {
       alignas(64) int8_t levels[BLOCK];
       trellis_levels(m.bits, m.codes + (tile.first + j) * bytes * m.bits, bytes, begin / BLOCK, levels);
-      const Store<DTYPE> sink{reinterpret_cast<uint8_t*>(tile.out) + j * m.rows * size};
+      const Store<DTYPE> sink{reinterpret_cast<uint8_t*>(tile.out) + j * tile.stride * size};
       for (int64_t i = 0; i < rows; i += 16) {
         const Lanes level = multiply(load_levels(levels + i), all(LEVEL_UNIT));  // eight bits: exact in every dtype
         const Lanes value = rounded_to<DTYPE>(multiply(level, load(scales + i)));
-        rows - i >= 16 ? sink.put(begin + i, value) : sink.put_some(begin + i, rows - i, value);
+        const int64_t at = begin - tile.row + i;
+        rows - i >= 16 ? sink.put(at, value) : sink.put_some(at, rows - i, value);
       }
     }
   }
