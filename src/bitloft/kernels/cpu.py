@@ -9,6 +9,7 @@ import ctypes
 import os
 from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def matrix(packed: PackedTensor) -> Matrix:
         if not part.is_contiguous():
             raise KernelError(f"part {name!r} of a {fmt} tensor of shape {packed.shape} is not contiguous; copy it.")
     return Matrix(
-        rows=packed.scales.shape[0] if fmt.by_column else packed.codes.shape[0], columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
+        rows=prod(packed.shape[:-1]), columns=columns, width=fmt.width(columns), group=fmt.group_size(columns),
         groups=fmt.groups(columns), bits=fmt.bits,
         flags=_flags(fmt) | ARRANGED * packed.arranged, **_addresses(parts),
         levels=None if fmt.family in ("half", "trellis") else _levels(fmt),

@@ -31,8 +31,7 @@ def takes(packed: PackedTensor, dtype: torch.dtype) -> bool:
 def decode(packed: PackedTensor, dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """See ``plain.decode``."""
     if packed.format.by_column:
-        rows = packed.scales.shape[0]
-        turned = torch.empty(packed.shape[-1], rows, dtype=dtype)
+        turned = torch.empty(packed.shape[-1], math.prod(packed.shape[:-1]), dtype=dtype)
         _columns_to(packed, 0, turned)
         return turned.T.reshape(packed.shape)
     out = torch.empty(packed.shape, dtype=dtype)

@@ -11,6 +11,8 @@
 What they compute is defined in ``plain`` and nowhere else; ``explain`` says which implementation runs, and why.
 """
 
+from math import prod
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -178,7 +180,7 @@ def packed_linear_grad_input(
         if weight.format.by_column:
             return columnwise.grad_input(grad, weight, columnwise.tiles(weight, grad.dtype, decode))
         return plain.packed_linear_grad_input(grad, weight)
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = grad.reshape(prod(grad.shape[:-1]), grad.shape[-1])
     out: Tensor | None = None
     with torch.no_grad():
         for rows, tile in cpu_dequantize.tiles(weight, grad.dtype):

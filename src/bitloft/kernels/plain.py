@@ -196,13 +196,15 @@ def rounded_linear(
     """The product of rounded operands in float32: ``bf16``, x in bfloat16; ``int8``, x and levels in 8 bits.
 
     ``int8``: q = round(x * 127 / max|x|) of each row, level = round(level * 127 / max|level|), each times what 1 of it
-    stands for. Weights of 1 to 4 bits.
+    stands for. Weights of 1 to 4 bits; levels of trellis codes have 8 bits as they are.
     """
     x = x.float()
     if activations == "bf16":
         return packed_linear(x.bfloat16().float(), weight)
     most = x.abs().amax(-1, keepdim=True)
     step = torch.where(most > 0, most / 127, 1)
+    if weight.format.by_column:
+        return ((x / step).round() * step) @ decode(weight).T
     levels = torch.tensor(levels_of(weight))
     unit = levels.abs().max() / 127
     table = (levels / unit).round() * unit

@@ -366,9 +366,9 @@ BL_INLINE void sum_levels(const uint8_t* levels, int64_t cells, const char* x, c
   for (int i = 0; i < COUNT; ++i) found[i] = sums.total(i, starts);
 }
 
-// The scales of a group times a power of two and the unit of levels, in the order of pairs.
+// The scales of a group times a power of two, in the order of pairs.
 BL_INLINE void pair_scales(const ColumnProduct& p, int64_t group, __m512* scales) {
-  const __m512 unit = _mm512_set1_ps(LEVEL_UNIT * p.unit);
+  const __m512 unit = _mm512_set1_ps(p.unit);
   __m512 rows[4];
 #pragma GCC unroll 4
   for (int v = 0; v < 4; ++v) {
@@ -406,11 +406,11 @@ void multiply_digits(const ColumnProduct& p) {
         sum_cells<K, DIGITS, 0, AT_ONCE>(cells, x, starts, found);
         if constexpr (AT_ONCE < PAIRS) sum_cells<K, DIGITS, AT_ONCE, AT_ONCE>(cells, x, starts, found + AT_ONCE);
       }
-      const __m512 step = _mm512_set1_ps(reinterpret_cast<const float*>(row + steps_at)[piece]);
+      const __m512 step = _mm512_set1_ps(LEVEL_UNIT * reinterpret_cast<const float*>(row + steps_at)[piece]);
       float* total = p.room + r * BLOCK;
 #pragma GCC unroll 4
       for (int i = 0; i < PAIRS; ++i)
-        _mm512_storeu_ps(total + 16 * i, _mm512_fmadd_ps(found[i], _mm512_mul_ps(scales[i], step), _mm512_loadu_ps(total + 16 * i)));
+        _mm512_storeu_ps(total + 16 * i, _mm512_fmadd_ps(_mm512_mul_ps(found[i], step), scales[i], _mm512_loadu_ps(total + 16 * i)));
     }
   }
   for (int64_t r = 0; r < p.inputs; ++r) add_in_order(p.room + r * BLOCK, p.totals + r * BLOCK);
