@@ -43,7 +43,8 @@ def check(x: torch.Tensor, y: torch.Tensor, dense: torch.Tensor, slack: float = 
     assert y.shape == expected.shape
     assert y.dtype == x.dtype
     if expected.numel():
-        bound = slack * BOUNDS[x.dtype] * max(float(expected.abs().max()), 1e-3)
+        terms = (x.double().abs() @ dense.double().abs().T).max()  # their sum may be next to nothing
+        bound = slack * BOUNDS[x.dtype] * float(expected.abs().max()) + 1e-6 * float(terms)
         assert float((y.double() - expected).abs().max()) <= bound
 
 
@@ -248,7 +249,7 @@ def test_sizes_are_checked_in_c() -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_product(isa: str) -> None:
     code = (
-        "import torch; from bitloft.kernels import cpu_linear, ops, plain; from tests.test_cpu_columns import packed\n"
+        "import torch; from bitloft.kernels import cpu_linear, ops, plain; from tests.test_columnwise import packed\n"
         "for fmt in ('trellis1:64', 'trellis2:64', 'trellis3:8', 'trellis4:128'):\n"
         "    w = packed(fmt, 200, 328); dense = plain.decode(w)\n"
         "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
