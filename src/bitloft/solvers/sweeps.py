@@ -41,7 +41,9 @@ def least_scales(
     step = max(ROWS // scales.shape[1] ** 2, 1)
     for wanted, unit, old in zip(x.split(step), units.split(step), scales.split(step), strict=True):
         right = _by_group((wanted @ moment) * unit, size)
-        left = [_by_group((unit[:, g : g + size] @ moment[g : g + size]) * unit, size) for g in range(0, x.shape[1], size)]
+        left = [
+            _by_group((unit[:, g : g + size] @ moment[g : g + size]) * unit, size) for g in range(0, x.shape[1], size)
+        ]
         matrix = torch.stack(left, dim=2).double()
         ridge = 1e-9 * matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         matrix += ridge[:, None, None] * torch.eye(matrix.shape[1], dtype=torch.float64)
