@@ -27,4 +27,5 @@ def pulled(
 ) -> Float[Tensor, "rows size"]:
     """X_b + e_d L_db L_bb^-1: what ``block`` would take if it were continuous, d being all columns after it."""
     pull = errors[:, block.stop :] @ root[block.stop :, block]
-    return x[:, block] + torch.linalg.solve_triangular(root[block, block], pull, upper=False, left=False)
+    moved: Tensor = torch.linalg.solve_triangular(root[block, block], pull, upper=False, left=False)
+    return x[:, block] + moved
