@@ -151,6 +151,8 @@ def test_what_cannot_be_refined_is_refused(tiny_model: Path, tmp_path: Path, tex
         made(tiny_model, tmp_path / "out", text)
     with pytest.raises(OptionError, match="refine tunes on a text; give calibrate too"):
         quantize(tiny_model, tmp_path / "out", refine=3)
+    with pytest.raises(OptionError, match="refine cannot tune codes of trellis2:32"):
+        made(tiny_model, tmp_path / "out", text, format="trellis2:32", refine_parts=("start", "codes"))
     with pytest.raises(OptionError, match="unknown refine_parts 'biases'; use one of start, scales, norms, codes"):
         made(tiny_model, tmp_path / "out", text, refine_parts=("biases",))
 
@@ -162,3 +164,14 @@ def test_every_step_takes_trained_sequences_only(tiny_model: Path, text: Path) -
     assert len(order) >= 80
     assert min(order) == 4
     assert set(order) == set(range(4, len(ids)))
+
+
+def test_codes_that_lie_by_column_are_refined_and_kept(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    settings: dict[str, Any] = {"format": "trellis2:32", "solver": "calibrated", "calibrate_length": 32, "samples": 4}
+    report = made(tiny_model, tmp_path / "out", text, refine_parts=("start", "scales"), **settings)
+    plain = quantize(tiny_model, tmp_path / "plain", rank=8, calibrate=str(text), **settings)
+    assert report.refined is not None
+    assert report.refined.kept
+    assert [m.bytes for m in report.matrices] == [m.bytes for m in plain.matrices]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key.endswith("_proj.weight"))

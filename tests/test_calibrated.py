@@ -97,3 +97,11 @@ def test_a_zero_matrix_is_reproduced() -> None:
     assert found.error_after == 0
     assert found.start is not None
     assert not bool(found.start.product().any())
+
+
+@pytest.mark.parametrize("fmt", ["lm2:64", "lm2:48", "trellis2:64"])
+def test_the_start_is_ordered_by_its_own_groups(fmt: str) -> None:
+    """Groups of 32 in the start, of another size in the codes: act-order once tore the smaller ones apart."""
+    found, error = solved(format=fmt, start_format="lm4:32", feedback="activation")
+    assert found.start is not None
+    assert error < solved(format=fmt, start_format="lm4:32", feedback="none")[1]

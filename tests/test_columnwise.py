@@ -134,9 +134,7 @@ def test_columns_that_fill_no_cells_have_no_other_order() -> None:
     st.integers(1, 4), st.sampled_from([8, 24, 64, 128, 320]), st.integers(1, 200), st.integers(1, 400),
     st.integers(1, 40), st.sampled_from([*BOUNDS]), st.integers(0, 2**31),
 )  # fmt: skip
-def test_any_size(
-    bits: int, group: int, rows: int, columns: int, count: int, dtype: torch.dtype, seed: int
-) -> None:
+def test_any_size(bits: int, group: int, rows: int, columns: int, count: int, dtype: torch.dtype, seed: int) -> None:
     weight = packed(f"trellis{bits}:{group}", rows, columns, seed)
     x = torch.randn(count, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     y = ops.packed_linear(x, weight)

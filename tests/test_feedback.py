@@ -32,7 +32,7 @@ def test_the_weighed_error_falls_where_inputs_correlate() -> None:
 
 FORMATS = (
     "lm2:64", "lm4:40", "book2:64", "nf2:64", "uniform3:64", "uniform2:64+shift", "lm2:64+dq", "lm2:64+shift",
-    "lm2:row", "uniform2:tensor", "sign:128", "lm2:unit",
+    "lm2:row", "uniform2:tensor", "sign:128", "lm2:unit", "trellis2:64", "trellis3:40",
 )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ FORMATS = ["nf4:64", "nf3:64", "nf2:64", "lm2:64", "lm3:64", "lm4:64", "uniform2
            "uniform2:tensor", "uniform4:tensor", "book2:64", "book3:64", "nf4:64+dq", "lm2:64+dq", "uniform3:64+dq",
            "nf2:64+shift", "lm2:64+shift", "uniform2:64+shift", "sign:64+shift", "book2:row+dq+shift",
            "uniform4:64+dq+shift", "int8:64", "int8:row", "half:row", "half:unit",
-           "trellis1:row", "trellis2:unit", "trellis3:row", "trellis4:unit"]  # fmt: skip
+           "trellis1:row", "trellis2:unit", "trellis3:row", "trellis4:unit", "trellis2:64",
+           "trellis3:24"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", FORMATS)

@@ -29,7 +29,7 @@ def layer(fmt: str = "lm2:64", rows: int = 48, columns: int = 100, rank: int = 4
     return made
 
 
-@pytest.mark.parametrize("fmt", ["lm2:64", "nf3:64", "uniform4:64", "sign:128"])
+@pytest.mark.parametrize("fmt", ["lm2:64", "nf3:64", "uniform4:64", "sign:128", "trellis2:64"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_forward_and_input_gradient_are_those_of_the_dense_matrix(fmt: str, bias: bool, rank: int) -> None:

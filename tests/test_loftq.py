@@ -21,7 +21,9 @@ def solved(weight: Tensor, fmt: str, **settings: object) -> Solution:
     return loftq(weight, Format.parse(fmt), **defaults | settings, generator=generator_for(0, "w"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("fmt", ["nf2:64", "nf3:64", "nf4:64", "lm2:64", "lm4:64", "uniform2:64", "sign:64"])
+@pytest.mark.parametrize(
+    "fmt", ["nf2:64", "nf3:64", "nf4:64", "lm2:64", "lm4:64", "uniform2:64", "sign:64", "trellis2:64"]
+)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_error_is_below_qloras_and_is_that_of_the_stored_parts(fmt: str, steps: int) -> None:
     weight = torch.randn(96, 200)

@@ -11,7 +11,7 @@ from bitloft.options import QuantizeOptions
 from bitloft.rules import ModulePlan, StoredModule
 from bitloft.solvers import Solution, solve
 
-FORMATS = ["lm2:64", "uniform3:64", "uniform2:tensor", "nf4:64+dq", "book2:64", "lm4:64+shift"]
+FORMATS = ["lm2:64", "uniform3:64", "uniform2:tensor", "nf4:64+dq", "book2:64", "lm4:64+shift", "trellis2:64"]
 
 
 def solution(fmt: str, *, seed: int = 0) -> Solution:

@@ -78,6 +78,17 @@ def test_qalora_needs_shifts_in_every_format() -> None:
     assert plan_of(options).scaling == 0
 
 
+def test_trellis_codes_along_rows_are_not_calibrated_and_those_by_column_are_no_tables() -> None:
+    with pytest.raises(OptionError, match="those of trellis2:row go along rows; use a trellis with groups"):
+        plan_of(QuantizeOptions(solver="calibrated", format="trellis2:row"))
+    options = QuantizeOptions(solver="loftq", format="trellis2:64")
+    with pytest.raises(OptionError, match="a token table is read row by row, and trellis2:64 keeps columns together"):
+        StoredModule.of(plan_of(options), options, "embedding")
+    assert StoredModule.of(plan_of(options), options, "experts").format == "trellis2:64"
+    with pytest.raises(OptionError, match="start_format is trellis2:64, whose codes lie by column"):
+        QuantizeOptions(start_format="trellis2:64")
+
+
 def test_first_layers_of_a_model_without_layers_is_refused() -> None:
     with pytest.raises(OptionError, match="first_layers '2=nf4:64' names layers, but no module's path has a number"):
         resolve(["encoder", "head"], QuantizeOptions(first_layers="2=nf4:64"))

@@ -36,7 +36,7 @@ def test_half_precision_weights_are_solved_in_float32() -> None:
 
 FORMATS = (
     *(f"{family}{bits}:64" for family in ("nf", "lm", "uniform") for bits in (2, 3, 4)),
-    *("book2:64", "book3:64", "sign:128", "lm2:row", "uniform2:tensor", "uniform4:tensor"),
+    *("book2:64", "book3:64", "sign:128", "lm2:row", "uniform2:tensor", "uniform4:tensor", "trellis2:64"),
     *("nf4:64+dq", "lm2:64+dq", "uniform4:32+shift", "lm2:64+shift", "nf3:64+dq+shift", "book2:64+dq"),
 )
 

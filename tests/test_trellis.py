@@ -146,7 +146,7 @@ def test_a_row_of_zeros_is_zero() -> None:
 def test_what_cannot_be_coded_is_refused() -> None:
     with pytest.raises(KernelError, match="it holds NaN or infinity"):
         plain.encode(torch.tensor([[1.0, float("nan")]]), "trellis2:row")
-    for spelling in ("trellis2:64", "trellis2:row+dq", "trellis2:row+shift", "trellis2:tensor"):
+    for spelling in ("trellis2:64+dq", "trellis2:row+dq", "trellis2:row+shift", "trellis2:64+shift", "trellis2:tensor"):
         with pytest.raises(FormatError, match=r"trellis2:row"):
             Format.parse(spelling)
     assert "zeros" not in layout((2, 8), Format.parse("trellis4:unit"))

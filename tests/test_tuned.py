@@ -40,7 +40,7 @@ def test_it_computes_what_the_layer_computes(fmt: str, start: bool, scales: bool
     assert (tuned.gain is not None) == (scales and not fmt.endswith("+dq"))
 
 
-@pytest.mark.parametrize("fmt", ["lm2:32", "uniform2:tensor", "lm2:32+shift"])
+@pytest.mark.parametrize("fmt", ["lm2:32", "uniform2:tensor", "lm2:32+shift", "trellis2:32"])
 def test_gradients_are_those_of_the_dense_product(fmt: str) -> None:
     layer = layer_of(fmt)
     tuned, x = TunedLinear(layer, start=True, scales=True), torch.randn(5, 72, requires_grad=True)
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_dense_product(fmt: str) -> None:
         assert torch.allclose(mine, theirs, atol=1e-3)
 
 
-@pytest.mark.parametrize("fmt", ["lm2:32", "uniform3:32", "uniform2:tensor", "book2:32", "lm2:32+shift"])
+@pytest.mark.parametrize("fmt", ["lm2:32", "uniform3:32", "uniform2:tensor", "book2:32", "lm2:32+shift", "trellis2:32"])
 def test_what_settles_is_what_was_tuned(fmt: str) -> None:
     layer, x = layer_of(fmt), torch.randn(3, 72)
     codes = layer.weight.clone()
@@ -92,13 +92,13 @@ def test_the_gradient_goes_straight_through_the_rounding() -> None:
     assert torch.allclose(found, 0.5 * bt.detach().sum(1, keepdim=True) * x.sum(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("fmt", [*FORMATS, "half:row"])
+@pytest.mark.parametrize("fmt", [*FORMATS, "half:row", "trellis2:32"])
 def test_positions_begin_on_the_levels(fmt: str) -> None:
     layer, x = layer_of(fmt), torch.randn(3, 72)
     tuned = TunedLinear(layer, start=False, scales=False, codes=True)
     assert torch.allclose(tuned.values(), layer.dense() - 0.5 * layer.start_b() @ layer.start_a(), atol=1e-5)
     assert torch.allclose(tuned(x), layer(x), atol=1e-3)
-    assert (tuned.place is None) == fmt.startswith("half")
+    assert (tuned.place is None) == fmt.startswith(("half", "trellis"))
 
 
 @pytest.mark.parametrize(

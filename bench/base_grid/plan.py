@@ -20,7 +20,8 @@ TASKS = ("wikitext2", "gsm8k", "sst2", "mrpc")
 
 NF = {2.25: "nf2:64", 2.5: "nf2:32", 3.25: "nf3:64", 4.25: "nf4:64"}
 LM = {2.25: "lm2:64", 2.5: "lm2:32", 3.25: "lm3:64", 4.25: "lm4:64"}
-ALLOCATED = {2.25: "lm2:128"} | dict.fromkeys(BITS[1:], "lm2:64")  # groups that leave room for wider matrices
+TRELLIS = {2.25: "trellis2:64", 2.5: "trellis2:32", 3.25: "trellis3:64", 4.25: "trellis4:64"}
+ALLOCATED = dict.fromkeys(BITS, "trellis2:256")  # groups that leave room for wider matrices
 TENSOR = {2.25: "uniform2:tensor", 3.25: "uniform3:tensor", 4.25: "uniform4:tensor"}  # 2.00, 3.00, 4.00: no group scale
 
 
@@ -58,6 +59,7 @@ ROWS = (
     Row(AUTOROUND, {2.25: "2", 3.25: "3", 4.25: "4"}, maker="autoround"),
     Row("LoftQ uniform:tensor", TENSOR, {"solver": "loftq", "rank": RANK}, "start"),
     Row("QLoRA", NF, {"solver": "qlora", "rank": 0}),
+    Row("+vector code", TRELLIS, SHARED | {"refine_against": "teacher"}),
     Row("+allocate", ALLOCATED, SHARED | {"refine_against": "teacher", "target_bits": None, "fisher": True}),
 )
 # each ingredient alone, and everything but it

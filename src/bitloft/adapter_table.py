@@ -161,9 +161,9 @@ def _modules(columns: dict[str, Any]) -> tuple[ModuleSpec, ...]:
 
 
 def _format(text: object) -> Format:
-    """A format without parts that adapters never have (learned levels, shifts, double quantization)."""
+    """A format without what adapters never have (learned levels, shifts, double quantization, codes by column)."""
     found = Format.parse(text) if isinstance(text, str) else None
-    if found is None or found.dq or found.has_shifts or found.has_levels:
+    if found is None or found.dq or found.has_shifts or found.has_levels or found.by_column:
         raise ValueError(f"{str(text)[:40]} is not a format of adapters")
     return found
 

@@ -208,10 +208,11 @@ def _normal_float(bits: int) -> tuple[float, ...]:
 def layout(shape: tuple[int, ...], fmt: Format) -> dict[str, Part]:
     """Names, dtypes and shapes of the stored parts of a tensor of ``shape`` in ``fmt``; no data needed.
 
-    ``codes`` int8 [rows, width*bits/8], ``by_column`` [columns, ceil(rows/8)*bits]; ``scales`` int16 [rows, groups], fp16 bit patterns in units of 2**``exponent``
-    (int32 []). As the format asks: ``zeros`` int8 [rows, ceil(groups*bits/8)] (4 bits each where codes take 3),
-    ``shifts`` int16 like scales, ``levels`` int16 [2**bits] (fp16 patterns); with +dq ``scales`` are int8 codes, and
-    ``scale_low`` and ``scale_step`` int16 [ceil(rows*groups/256)] their ranges. TENSOR has one scale and one shift.
+    ``codes`` int8 [rows, width*bits/8], ``by_column`` [columns, ceil(rows/8)*bits]; ``scales`` int16 [rows, groups],
+    fp16 bit patterns in units of 2**``exponent`` (int32 []). As the format asks: ``zeros`` int8
+    [rows, ceil(groups*bits/8)] (4 bits each where codes take 3), ``shifts`` int16 like scales, ``levels`` int16
+    [2**bits] (fp16 patterns); with +dq ``scales`` are int8 codes, and ``scale_low`` and ``scale_step`` int16
+    [ceil(rows*groups/256)] their ranges. TENSOR has one scale and one shift.
     Raises FormatError for a scalar shape.
     """
     if not shape:

@@ -26,7 +26,8 @@ class ModulePlan:
     """How one matrix is quantized and repaired. ``alpha`` None means the rank: scaling 1, sqrt(rank) with rslora.
     ``rotated``: codes and start stand for rotated inputs (``solvers.rotation``).
 
-    Raises OptionError for qalora in a format that its adapters cannot merge into.
+    Raises OptionError for qalora in a format that its adapters cannot merge into, and for the calibrated solver in one
+    whose codes cannot be chosen column by column.
     """
 
     format: str
@@ -41,6 +42,12 @@ class ModulePlan:
             raise OptionError(
                 f"qalora merges adapters into a shift per group, which {self.format} does not store; use a format "
                 "with +shift, such as uniform4:32+shift."
+            )
+        fmt = Format.parse(self.format)
+        if self.solver == "calibrated" and fmt.family == "trellis" and not fmt.by_column:
+            raise OptionError(
+                f"calibrated chooses codes column by column, and those of {self.format} go along rows; use a trellis "
+                f"with groups, such as trellis{fmt.bits}:64."
             )
 
     @property
@@ -128,6 +135,12 @@ class StoredModule:
 
     @classmethod
     def of(cls, plan: ModulePlan, options: QuantizeOptions, kind: str = "linear") -> "StoredModule":
+        """Raises OptionError for a table in a format that it cannot be read from row by row."""
+        if kind == "embedding" and Format.parse(plan.format).by_column:
+            raise OptionError(
+                f"a token table is read row by row, and {plan.format} keeps columns together; give tables another "
+                "format by rules, such as *embed*=lm4:64."
+            )
         return cls(plan.format, plan.start_rank, plan.scaling, kind, options.start_format, plan.rotated)
 
     @classmethod

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bitloft.calibrate.teacher import TeacherStates
 from bitloft.calibrate.tuning import Losses, Student, tune
 from bitloft.errors import DataError, OptionError
+from bitloft.formats import Format
 from bitloft.integrations.loading import load
 from bitloft.integrations.source import Source
 from bitloft.kernels.ops import decode
@@ -141,6 +142,12 @@ def sequences(source: Source, plan: Plan, options: QuantizeOptions) -> Int[Tenso
     started = any(matrix.start_rank for matrix in plan.quantizer.plans.values())
     if not started and set(options.refine_parts) == {"start"}:
         raise OptionError("refine has nothing to tune: this base has no start (rank 0) and refine_parts no other part.")
+    walked = {m.format for m in plan.quantizer.plans.values() if Format.parse(m.format).family == "trellis"}
+    if walked and "codes" in options.refine_parts:
+        raise OptionError(
+            f"refine cannot tune codes of {min(walked)}: each stands for a value with its neighbours only; leave codes "
+            "out of refine_parts."
+        )
     examples, _ = encode_rows(read_rows(options.calibrate), source.tokenizer, LENGTH)
     whole = [example.ids for example in examples if len(example.ids) == LENGTH]
     least = HELD + BATCH

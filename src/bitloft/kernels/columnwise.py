@@ -59,9 +59,7 @@ def walked(
     return walk(units, replace(fmt, group=UNIT), weights)
 
 
-def assembled(
-    shape: tuple[int, ...], fmt: Format, codes: Tensor, scales: Float[Tensor, "rows groups"]
-) -> PackedTensor:
+def assembled(shape: tuple[int, ...], fmt: Format, codes: Tensor, scales: Float[Tensor, "rows groups"]) -> PackedTensor:
     """Codes [columns, bytes] and scales as they are stored."""
     stored, exponent = pack_scales(scales)
     return PackedTensor.from_tensors(fmt, shape, {"codes": codes, "scales": stored, "exponent": exponent})
@@ -104,9 +102,7 @@ def tiles(packed: PackedTensor, dtype: torch.dtype, levels_of: Decode) -> Tiles:
         yield columns, scaled(levels_of(bare(packed, columns), dtype), packed, columns)
 
 
-def linear(
-    x: Float[Tensor, "*batch columns"], packed: PackedTensor, transposed: Tiles
-) -> Float[Tensor, "*batch rows"]:
+def linear(x: Float[Tensor, "*batch columns"], packed: PackedTensor, transposed: Tiles) -> Float[Tensor, "*batch rows"]:
     """x @ decode(packed).T in the dtype of ``x``; sums over more than one tile are float32."""
     y: Tensor | None = None
     for columns, tile in transposed:

@@ -29,7 +29,7 @@ from bitloft.solvers.grids import Grids
 class TunedLinear(nn.Module):
     """Stands in for ``layer``: with ``start`` trainable ``a`` [rank, in] and ``bt`` [rank, out], with ``scales``
     ``gain`` of the stored scales' shape, with ``codes`` ``place`` [out, in]; None where the layer has no start, no
-    scales or stores them in 8 bits, no codes."""
+    scales or stores them in 8 bits, no codes of its own for each value."""
 
     def __init__(self, layer: QuantLinear, *, start: bool, scales: bool, codes: bool = False) -> None:
         super().__init__()
@@ -39,13 +39,15 @@ class TunedLinear(nn.Module):
         self.a = nn.Parameter(_stored_a(layer)) if start and layer.rank else None
         self.bt = nn.Parameter(layer.start_b().T.contiguous()) if start and layer.rank else None
         self.gain = nn.Parameter(torch.ones(packed.scales.shape)) if scaled else None
-        coded = codes and layer.format.family != "half"
+        coded = codes and layer.format.family not in ("half", "trellis")
         self.place = nn.Parameter(_levels(packed)) if coded else None
         self._grids = Grids.of(packed) if coded else None
 
     @property
     def spacing(self) -> float:
-        """The mean distance of two levels: what a position moves by between codes."""
+        """The mean distance of two levels: what a position moves by between codes; 0 where no codes are tuned."""
+        if self.place is None:
+            return 0.0
         levels = Grids.of(self.layer.packed_weight()).levels
         return float(levels[-1] - levels[0]) / (len(levels) - 1)
 

@@ -86,6 +86,10 @@ class QuantizeOptions:
         self._check_calibration()
         for text in (self.format, self.start_format, *(split_rule("rules", rule)[1] for rule in self.rules)):
             Format.parse(text)
+        require(
+            not Format.parse(self.start_format).by_column,
+            f"start_format is {self.start_format}, whose codes lie by column; use one such as lm4:64 or int8:row.",
+        )
         require_choices(solver=(self.solver, SOLVERS))
         require(self.rank >= 0, f"rank is {self.rank}; use 0 or more.")
         require(self.alpha is None or self.alpha > 0, f"alpha is {self.alpha}; use a positive number.")

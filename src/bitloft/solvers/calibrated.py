@@ -57,8 +57,11 @@ def calibrated(
     ``weight`` is float32; ``rank`` 0 gives Q alone, in one round. Raises OptionError for a moment that is no moment.
     """
     order = options.feedback if options.feedback != "none" else "forward"
-    metric = metric_of(statistics.moment, fmt, kind=options.metric, order=order, damping=options.damping)
-    job = _Job(weight, fmt, metric, rank, scaling, start_format, statistics.rows, options, generator)
+    metric, metric_of_a = (
+        metric_of(statistics.moment, of, kind=options.metric, order=order, damping=options.damping)
+        for of in (fmt, start_format)  # an order keeps the groups of one format together
+    )
+    job = _Job(weight, fmt, metric, metric_of_a, rank, scaling, start_format, statistics.rows, options, generator)
     best = min(job.iterates(), key=lambda iterate: iterate.error)
     whole, after = metric.error(weight), weight - best.dense
     facts = Calibrated(
@@ -86,6 +89,7 @@ class _Job:
     weight: Float[Tensor, "rows columns"]
     fmt: Format
     metric: Metric
+    metric_of_a: Metric  # the same norm
     rank: int
     scaling: float
     start_format: Format
@@ -130,7 +134,7 @@ class _Job:
     def _start(self, error: Float[Tensor, "rows columns"]) -> Start:
         """The best product as it is stored: A rounded with feedback from the inputs, then B fitted to that A."""
         _, a, _ = best_product(error, self.metric, self.rank, self.generator, self.row_weights)
-        stored = quantized(_leveled(a), self.start_format, self.metric, self.options.sweeps)
+        stored = quantized(_leveled(a), self.start_format, self.metric_of_a, self.options.sweeps)
         a = decode(stored)
         seen = self.metric.seen(a)
         bt = torch.linalg.lstsq(seen @ seen.T, seen @ self.metric.seen(error).T).solution

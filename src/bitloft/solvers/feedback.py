@@ -13,7 +13,6 @@ codes. (GPTQ takes the range of the group instead; a grid that ends at the extre
 A walk never comes back to a code; ``sweeps`` do.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,12 +30,12 @@ from bitloft.packed import (
     pack_halves,
     scale_exponent,
 )
+from bitloft.solvers.blocks import SEARCHED, blocks_of, pulled
+from bitloft.solvers.columns import trellised
 from bitloft.solvers.grids import Grids
 from bitloft.solvers.metric import Metric
 from bitloft.solvers.sweeps import refitted, swept
 
-BLOCK = 64  # columns walked at once where a group is larger than SEARCHED
-SEARCHED = 128  # the largest group whose scale is searched under the metric
 TRIED = (0.75, 0.87, 1.0, 1.15)  # multiples of the scale of least plain error
 REFITS = 2
 
@@ -57,12 +56,15 @@ def quantized(x: Float[Tensor, "rows columns"], fmt: Format, metric: Metric, swe
     """``x`` in ``fmt`` by error feedback under ``metric``, scales searched in it; nearest codes where it is I.
 
     Scales of groups over SEARCHED values (or of rows, tensors and none) are those of least plain error; ``sweeps``
-    refit scales of groups and rows, but not those that are coded themselves (+dq).
+    refit scales of groups and rows, but not those that are coded themselves (+dq). Codes that lie by column are walked
+    (``columns``).
     """
     plain = encode(x, fmt, ranges=fmt.family == "uniform" and not fmt.has_shifts)
     root, order = metric.root, metric.order
     if root is None or fmt.family == "half":  # nothing correlates; or nothing is coded
         return plain
+    if fmt.by_column:
+        return trellised(x, plain, metric, sweeps)
     grids = Grids.of(plain)
     search = fmt.group > 0 and min(fmt.group, x.shape[1]) <= SEARCHED
     codes = _walk(x, fmt, grids, root, order, search=search)
@@ -91,10 +93,8 @@ def _walk(
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     errors = torch.zeros_like(x)  # in the order of the walk
     permuted = x[:, order]
-    for block in reversed(_blocks(order // size, whole=search)):
-        own = root[block, block]
-        pulled = errors[:, block.stop :] @ root[block.stop :, block]
-        target = permuted[:, block] + torch.linalg.solve_triangular(own, pulled, upper=False, left=False)
+    for block in reversed(blocks_of(order // size, whole=search)):
+        own, target = root[block, block], pulled(permuted, errors, root, block)
         if search:
             found = _searched(target, own, fmt, grids, int(order[block.start]) // size)
         else:
@@ -103,15 +103,6 @@ def _walk(
         codes[:, order[block]] = chosen
         errors[:, block] = permuted[:, block] - values
     return codes
-
-
-def _blocks(groups: Int[Tensor, " columns"], *, whole: bool) -> list[slice]:
-    """Ranges of columns of at most BLOCK values; with ``whole`` one range per group, which the order keeps together."""
-    count = len(groups)
-    if not whole:
-        return [slice(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
-    cuts = [0, *((groups[1:] != groups[:-1]).nonzero().flatten() + 1).tolist(), count]
-    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def _feed(target: Float[Tensor, "rows size"], root: Float[Tensor, "size size"], grid: Grids) -> Fed:

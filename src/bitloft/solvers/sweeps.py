@@ -24,31 +24,39 @@ def refitted(
     x: Float[Tensor, "rows columns"], codes: UInt8[Tensor, "rows columns"], grids: Grids, metric: Metric
 ) -> Grids:
     """The scales of least error for the codes, zero points and shifts as they are."""
-    moment, size = _moment(metric, x), grids.size
-    step = max(ROWS // grids.scales.shape[1] ** 2, 1)
-    found = []
-    for i in range(0, len(x), step):
-        rows = torch.arange(i, min(i + step, len(x)))
-        part = grids.of_rows(rows)
-        units = part.units(codes[rows])
-        fixed = part.map(torch.zeros_like(part.scales), part.zeros, part.shifts).values(codes[rows])
-        right = _by_group(((x[rows] - fixed) @ moment) * units, size)
+    fixed = grids.map(torch.zeros_like(grids.scales), grids.zeros, grids.shifts).values(codes)
+    scales = least_scales(x - fixed, grids.units(codes), grids.scales, grids.size, metric)
+    return grids.map(scales, grids.zeros, grids.shifts)
+
+
+def least_scales(
+    x: Float[Tensor, "rows columns"],
+    units: Float[Tensor, "rows columns"],
+    scales: Float[Tensor, "rows groups"],
+    size: int,
+    metric: Metric,
+) -> Float[Tensor, "rows groups"]:
+    """The scales of least error for what they multiply, ``units``; the old one where noise would decide."""
+    moment, found = moment_of(metric, x), []
+    step = max(ROWS // scales.shape[1] ** 2, 1)
+    for wanted, unit, old in zip(x.split(step), units.split(step), scales.split(step), strict=True):
+        right = _by_group((wanted @ moment) * unit, size)
         left = [
-            _by_group((units[:, g : g + size] @ moment[g : g + size]) * units, size) for g in range(0, x.shape[1], size)
+            _by_group((unit[:, g : g + size] @ moment[g : g + size]) * unit, size) for g in range(0, x.shape[1], size)
         ]
         matrix = torch.stack(left, dim=2).double()
         ridge = 1e-9 * matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         matrix += ridge[:, None, None] * torch.eye(matrix.shape[1], dtype=torch.float64)
-        scales = torch.linalg.solve(matrix, right.double().unsqueeze(2)).squeeze(2).float()
-        found.append(torch.where(scales > LEAST * part.scales, scales, part.scales))
-    return grids.map(torch.cat(found), grids.zeros, grids.shifts)
+        new = torch.linalg.solve(matrix, right.double().unsqueeze(2)).squeeze(2).float()
+        found.append(torch.where(new > LEAST * old, new, old))
+    return torch.cat(found)
 
 
 def swept(
     x: Float[Tensor, "rows columns"], codes: UInt8[Tensor, "rows columns"], grids: Grids, metric: Metric
 ) -> UInt8[Tensor, "rows columns"]:
     """Codes after one visit to every column, in order."""
-    moment, codes = _moment(metric, x), codes.clone()
+    moment, codes = moment_of(metric, x), codes.clone()
     errors = x - grids.values(codes)
     pulls = errors @ moment  # kept equal to errors @ S
     middles = (grids.levels[1:] + grids.levels[:-1]) / 2
@@ -70,7 +78,8 @@ def swept(
     return codes
 
 
-def _moment(metric: Metric, x: Tensor) -> Float[Tensor, "columns columns"]:
+def moment_of(metric: Metric, x: Tensor) -> Float[Tensor, "columns columns"]:
+    """S, or I where the metric is plain."""
     return torch.eye(x.shape[1]) if metric.moment is None else metric.moment
 
 
