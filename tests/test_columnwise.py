@@ -1,4 +1,4 @@
-"""Native products with trellis codes that run down columns, against the definition: odd sizes, both orders, any rows."""
+"""Trellis codes that run down columns: native products and values against the definition, odd sizes, both orders."""
 
 import os
 import subprocess
@@ -229,7 +229,6 @@ def test_sizes_are_checked_in_c() -> None:
             cpu_linear.packed_linear(x, held)
         return str(error.value)
 
-    columns = cpu.COLUMNS | cpu.TRELLIS
     assert "bytes of codes" in refused("codes_bytes", 64 * 17)
     assert "bytes of codes" in refused("rows", 73)
     assert "bytes of them" in refused("scales_bytes", 2)

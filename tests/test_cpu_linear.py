@@ -27,13 +27,16 @@ def check(x: torch.Tensor, y: torch.Tensor, dense: torch.Tensor) -> None:
     assert y.shape == expected.shape
     assert y.dtype == x.dtype
     if expected.numel():
-        assert float((y.double() - expected).abs().max()) <= BOUNDS[x.dtype] * max(float(expected.abs().max()), 1e-3)
+        terms = (x.double().abs() @ dense.double().abs().T).max()  # their sum may be next to nothing
+        bound = BOUNDS[x.dtype] * max(float(expected.abs().max()), 1e-3) + 1e-6 * float(terms)
+        assert float((y.double() - expected).abs().max()) <= bound
 
 
 def test_what_is_taken() -> None:
-    left = {f for f in FORMATS if f not in TAKEN and not f.startswith("trellis")}  # trellis codes are for adapters
+    left = {f for f in FORMATS if f not in TAKEN and not f.startswith("trellis")}
     assert left == {"int8:64", "int8:row", "half:row", "half:unit"}
-    assert not any(f.startswith("trellis") for f in TAKEN)
+    taken = {f for f in TAKEN if f.startswith("trellis")}  # those along rows are for adapters
+    assert taken == {f for f in FORMATS if Format.parse(f).by_column}
     assert not cpu_linear.multiplies(Format.parse("lm2:8"))  # a group of half a word
     assert cpu_linear.multiplies(Format.parse("lm4:8"))
 

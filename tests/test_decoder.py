@@ -95,7 +95,7 @@ def test_a_step_is_the_model_s_forward(kind: str, rank: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("fmt", ["lm3:64", "nf4:64", "uniform4:32", "lm2:64+dq", "lm2:64+shift"])
+@pytest.mark.parametrize("fmt", ["lm3:64", "nf4:64", "uniform4:32", "lm2:64+dq", "lm2:64+shift", "trellis2:64"])
 def test_every_format_can_be_decoded(fmt: str) -> None:
     assert follow(packed(MODELS["llama"](), fmt), [[1, 2], [3, 4, 5]], 3) < 3e-6
 

@@ -70,7 +70,7 @@ struct Lie {
       case 1: *sizes[in.below(5)] += in.below(33) - 16; break;
       case 2: *bytes[in.below(5)] = in.below(5000); break;
       case 3: m.bits = static_cast<int32_t>(in.below(18)); break;
-      case 4: m.flags ^= 1 << in.below(5); break;
+      case 4: m.flags ^= 1 << in.below(6); break;
       default: m.zeros = m.zeros == nullptr ? reinterpret_cast<const uint8_t*>(this) : nullptr; break;
     }
   }
@@ -93,6 +93,7 @@ void use(Input& in) {
   double square;
   bl_dequantize(&m, nullptr, m.rows, out.data(), values * size, dtype, 1);
   if (m.rows > 0) bl_dequantize(&m, row, 1, out.data(), m.columns * size, dtype, 1);
+  bl_dequantize_columns(&m, 0, m.rows, out.data(), values * size, dtype, 1);
   bl_residual(&m, x.data(), values, out.data(), &square, 1);
   const int64_t rows = in.below(6);
   std::vector<float> input(static_cast<size_t>(rows * m.columns)), product(static_cast<size_t>(rows * m.rows));

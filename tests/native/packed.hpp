@@ -44,7 +44,7 @@ struct Kind {
   bool dq, shift;
   int rule;
   bool zeros, learned;
-  bool trellis = false;
+  bool trellis = false, columns = false;
 };
 
 // The families of formats.py, with each suffix somewhere.
@@ -72,6 +72,10 @@ inline const std::vector<Kind>& kinds() {
       {"trellis2:unit", 2, -1, false, false, BL_GIVEN, false, false, true},
       {"trellis3:row", 3, 0, false, false, BL_GIVEN, false, false, true},
       {"trellis4:row", 4, 0, false, false, BL_GIVEN, false, false, true},
+      {"trellis1:8", 1, 8, false, false, BL_GIVEN, false, false, true, true},
+      {"trellis2:64", 2, 64, false, false, BL_GIVEN, false, false, true, true},
+      {"trellis3:320", 3, 320, false, false, BL_GIVEN, false, false, true, true},
+      {"trellis4:64", 4, 64, false, false, BL_GIVEN, false, false, true, true},
   };
   return all;
 }
@@ -92,8 +96,8 @@ struct Packed {
     const bool whole = kind.group == -2;
     const int64_t scaled = (whole ? (rows > 0 ? 1 : 0) : rows) * groups;
     m.rows = rows, m.columns = columns, m.width = width, m.group = kind.group > 0 ? kind.group : width, m.groups = groups;
-    m.bits = kind.bits, m.flags = (kind.dq ? BL_DQ : 0) | (whole ? BL_TENSOR : 0) | (kind.trellis ? BL_TRELLIS : 0);
-    m.codes_bytes = rows * (width * kind.bits / 8);
+    m.bits = kind.bits, m.flags = (kind.dq ? BL_DQ : 0) | (whole ? BL_TENSOR : 0) | (kind.trellis ? BL_TRELLIS : 0) | (kind.columns ? BL_COLUMNS : 0);
+    m.codes_bytes = kind.columns ? columns * ((rows + 7) / 8 * kind.bits) : rows * (width * kind.bits / 8);
     codes = bytes(m.codes_bytes), m.codes = codes.get();
     m.scales_bytes = scaled * (kind.dq ? 1 : 2);
     scales = bytes(m.scales_bytes), m.scales = scales.get();
@@ -136,6 +140,7 @@ struct Packed {
   }
 
   void encode(const std::vector<float>& x, int threads = 1) {
+    if (m.flags & BL_COLUMNS) return walk_columns(x, threads);
     if (m.flags & BL_TRELLIS) return walk(x, threads);
     const bool whole = (m.flags & BL_TENSOR) != 0;
     const float given[2] = {0.5f, -0.75f};
@@ -161,6 +166,17 @@ struct Packed {
     }
   }
 
+  // Codes of the columns as they are, under scales of 1/2.
+  void walk_columns(const std::vector<float>& x, int threads) {
+    std::vector<float> turned(x.size());
+    for (int64_t o = 0; o < m.rows; ++o)
+      for (int64_t i = 0; i < m.columns; ++i) turned[static_cast<size_t>(i * m.rows + o)] = 2 * x[static_cast<size_t>(o * m.columns + i)];
+    CHECK(bl_encode_trellis(turned.data(), nullptr, m.columns, m.rows, m.bits, codes.get(), m.codes_bytes, nullptr, threads) == 0, "columns");
+    const uint16_t half = 0x3800;
+    for (int64_t i = 0; i < m.rows * m.groups; ++i) std::memcpy(scales.get() + 2 * i, &half, 2);
+    *exponent = 0;
+  }
+
   // fp16 of a number between 2^-14 and 2, cut off; 0 below.
   static uint16_t half_of(float x) {
     uint32_t bits;
@@ -170,6 +186,13 @@ struct Packed {
 
   std::vector<float> decoded() const {
     std::vector<float> out(static_cast<size_t>(m.rows * m.columns));
+    if (m.flags & BL_COLUMNS) {
+      std::vector<float> turned(out.size());
+      CHECK(bl_dequantize_columns(&m, 0, m.rows, turned.data(), static_cast<int64_t>(out.size()) * 4, BL_F32, 2) == 0, "dequantize");
+      for (int64_t o = 0; o < m.rows; ++o)
+        for (int64_t i = 0; i < m.columns; ++i) out[static_cast<size_t>(o * m.columns + i)] = turned[static_cast<size_t>(i * m.rows + o)];
+      return out;
+    }
     CHECK(bl_dequantize(&m, nullptr, m.rows, out.data(), static_cast<int64_t>(out.size()) * 4, BL_F32, 1) == 0, "dequantize");
     return out;
   }

@@ -26,6 +26,7 @@ int check(const bl_matrix* matrix) {
   const int64_t scaled = (whole ? (m.rows > 0 ? 1 : 0) : m.rows) * m.groups;
   const bool dq = (m.flags & BL_DQ) != 0;
   const bool by_column = (m.flags & BL_COLUMNS) != 0;
+  if (by_column && m.rows > (int64_t{1} << 30)) return fail("no packed matrix has columns of %lld rows.", (long long)m.rows);
   const int64_t codes = by_column ? m.columns * ((m.rows + 7) / 8 * m.bits) : m.rows * (m.width * m.bits / 8);
   if (m.codes_bytes != codes || (m.codes_bytes > 0 && m.codes == nullptr))
     return fail("a packed matrix of %lld x %lld has %lld bytes of codes.", (long long)m.rows, (long long)m.width,
