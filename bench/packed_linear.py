@@ -10,6 +10,9 @@ How fast memory is read depends on where it lies (pages that the host has in one
 35) and, on a shared machine, on the moment. So lm2_m1_of_bandwidth compares with a sum, by torch, over the very bytes
 that hold the weights, taken between every few calls; the ratio is one of medians, of float32 and bfloat16 the worse.
 
+trellis2:64 is compared with lm2:64, which has as many true bits: interleaved likewise, float32 and bfloat16 input, the
+worse counts (and bfloat16 alone).
+
 Floor of a call: bytes of the weight over the read bandwidth of this run, or operations over the rate of torch's
 bfloat16 product, whichever is longer.
 """
@@ -35,7 +38,7 @@ Call = Callable[[Tensor], Tensor]
 SIDE = {"smoke": 256, "quick": 4096, "full": 4096}
 APART = {"smoke": 1 << 18, "quick": 1 << 27, "full": 1 << 27}  # bytes of weights that are taken in turns
 SECONDS = {"smoke": 0.02, "quick": 1.0, "full": 3.0}  # for each pair
-FORMATS = ("nf4:64", "lm2:64", "lm3:64", "lm4:64")
+FORMATS = ("nf4:64", "lm2:64", "lm3:64", "lm4:64", "trellis2:64")
 
 
 class Pair(NamedTuple):
@@ -170,7 +173,8 @@ def arranged_copies(packed: PackedTensor, count: int) -> tuple[list[PackedTensor
             held[name] = memory[at : at + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
             at += places[name]
         copy = PackedTensor.from_tensors(packed.format, packed.shape, held)
-        copies.append(cpu_linear.arrange(copy) if cpu.library() is not None else copy)
+        possible = cpu.library() is not None and cpu_linear.can_arrange(copy.format, copy.shape[-1])
+        copies.append(cpu_linear.arrange(copy) if possible else copy)
     return copies, memory
 
 
@@ -205,6 +209,27 @@ def few_rows(bench: Bench) -> dict[str, float | None]:
     if theirs:
         pair = bench.pair("lm2:64 4 rows : bitsandbytes", bench.ours("lm2:64"), theirs, bench.input(4, torch.bfloat16))
         figures["lm2_m4_vs_bnb_nf4"] = round(pair.ratio, 3)
+    return figures
+
+
+def trellis_rows(bench: Bench) -> dict[str, float | None]:
+    """Trellis codes by column against scalar ones of as many true bits, and against the bandwidth."""
+    ours, scalar, figures = bench.ours("trellis2:64"), bench.ours("lm2:64"), {}
+    for rows in (1, 4, 32):
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"trellis2:64 {rows} rows {str(dtype).removeprefix('torch.')} : lm2:64"
+            found.append(bench.pair(name, ours, scalar, bench.input(rows, dtype)).ratio)
+        figures[f"trellis2_m{rows}_vs_lm2"] = round(max(found), 3)
+        figures[f"trellis2_m{rows}_vs_lm2_bfloat16"] = round(found[1], 3)
+    shares = [bench.of_bandwidth("trellis2:64", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    figures |= {
+        f"trellis2_m1_of_bandwidth_{name}": round(s, 3) for name, s in zip(("float32", "bfloat16"), shares, strict=True)
+    }
+    theirs = bench.bitsandbytes()
+    if theirs:
+        pair = bench.pair("trellis2:64 1 row : bitsandbytes", ours, theirs, bench.input(1, torch.bfloat16))
+        figures["trellis2_m1_vs_bnb_nf4"] = round(pair.ratio, 3)
     return figures
 
 
@@ -253,7 +278,7 @@ def main() -> int:
     harness.begin(arguments)
     bench = Bench(arguments.mode)
     with torch.no_grad():
-        figures = few_rows(bench) | many_rows(bench) | rounded_rows(bench)
+        figures = few_rows(bench) | trellis_rows(bench) | many_rows(bench) | rounded_rows(bench)
     harness.table(("ours : theirs", "ours ms", "theirs ms", "ratio"), bench.rows)
     floors = [(fmt, rows, 1e3 * bench.floor(fmt, rows)) for fmt in FORMATS for rows in (1, 4, 32, 256)]
     harness.table(("format", "rows", "floor ms"), floors)
