@@ -135,11 +135,13 @@ __m512i turning() {
 
 // A line from what `count` columns have at `at`: eight bytes of each, or `left`.
 BL_INLINE void gather_line(const uint8_t* at, int64_t apart, int64_t count, int64_t left, __m512i turn, uint8_t* line) {
-  alignas(64) uint64_t words[CELL] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    if (left >= 8) words[j] = load64(at + j * apart);
-    else std::memcpy(&words[j], at + j * apart, static_cast<size_t>(left));
+  if (__builtin_expect(count == CELL && left >= 8, true)) {
+    const auto word = [&](int64_t j) { return static_cast<int64_t>(load64(at + j * apart)); };
+    const __m512i words = _mm512_set_epi64(word(7), word(6), word(5), word(4), word(3), word(2), word(1), word(0));
+    return _mm512_storeu_si512(line, _mm512_permutexvar_epi8(turn, words));
   }
+  alignas(64) uint64_t words[CELL] = {};
+  for (int64_t j = 0; j < count; ++j) std::memcpy(&words[j], at + j * apart, static_cast<size_t>(left < 8 ? left : 8));
   _mm512_storeu_si512(line, _mm512_permutexvar_epi8(turn, _mm512_load_si512(words)));
 }
 
@@ -379,41 +381,46 @@ BL_INLINE void pair_scales(const ColumnProduct& p, int64_t group, __m512* scales
   if (!p.in_pairs) to_pairs(rows, scales);
 }
 
+// One piece of one block for all rows of the input.
+template <int K, int DIGITS>
+void multiply_piece(const ColumnProduct& p, const Pieces& pieces, int64_t piece, Gathered& room, uint8_t* levels) {
+  constexpr int AT_ONCE = DIGITS < 3 ? PAIRS : PAIRS / 2;  // as many sums as the registers hold
+  const int64_t steps_at = ColumnInput::steps_at(pieces, DIGITS), starts_at = ColumnInput::starts_at(pieces, DIGITS);
+  const int64_t begin = pieces.begin(piece);
+  const Cells cells = cells_of(p, begin, pieces.size(piece), room);
+  __m512 scales[PAIRS];
+  pair_scales(p, begin / pieces.group, scales);
+  if (p.inputs > 1) write_levels<K>(cells, levels);
+  for (int64_t r = 0; r < p.inputs; ++r) {
+    const char* row = p.x + r * p.stride;
+    const char* x = row + begin * DIGITS;
+    const uint32_t* starts = reinterpret_cast<const uint32_t*>(row + starts_at) + 2 * piece;
+    __m512 found[PAIRS];
+    if (p.inputs > 1) {
+      sum_levels<DIGITS, 0, AT_ONCE>(levels, cells.count, x, starts, found);
+      if constexpr (AT_ONCE < PAIRS) sum_levels<DIGITS, AT_ONCE, AT_ONCE>(levels, cells.count, x, starts, found + AT_ONCE);
+    } else {
+      sum_cells<K, DIGITS, 0, AT_ONCE>(cells, x, starts, found);
+      if constexpr (AT_ONCE < PAIRS) sum_cells<K, DIGITS, AT_ONCE, AT_ONCE>(cells, x, starts, found + AT_ONCE);
+    }
+    const __m512 step = _mm512_set1_ps(LEVEL_UNIT * reinterpret_cast<const float*>(row + steps_at)[piece]);
+    float* total = p.room + r * BLOCK;
+#pragma GCC unroll 4
+    for (int i = 0; i < PAIRS; ++i)
+      _mm512_storeu_ps(total + 16 * i, _mm512_fmadd_ps(_mm512_mul_ps(found[i], step), scales[i], _mm512_loadu_ps(total + 16 * i)));
+  }
+}
+
 template <int K, int DIGITS>
 void multiply_digits(const ColumnProduct& p) {
   const Pieces pieces{p.matrix->columns, p.matrix->group};
-  const int64_t steps_at = ColumnInput::steps_at(pieces, DIGITS), starts_at = ColumnInput::starts_at(pieces, DIGITS);
-  std::memset(p.room, 0, static_cast<size_t>(p.inputs * BLOCK * 4));
+  const int64_t sums = p.blocks * p.inputs;
+  std::memset(p.room, 0, static_cast<size_t>(sums * BLOCK * 4));
   Gathered room;
   alignas(64) uint8_t levels[PIECE / CELL * LEVELS];
-  for (int64_t piece = 0; piece < pieces.count(); ++piece) {
-    const int64_t begin = pieces.begin(piece), size = pieces.size(piece);
-    if (size == 0) continue;
-    const Cells cells = cells_of(p, begin, size, room);
-    __m512 scales[PAIRS];
-    pair_scales(p, begin / pieces.group, scales);
-    if (p.inputs > 1) write_levels<K>(cells, levels);
-    for (int64_t r = 0; r < p.inputs; ++r) {
-      const char* row = p.x + r * p.stride;
-      const char* x = row + begin * DIGITS;
-      const uint32_t* starts = reinterpret_cast<const uint32_t*>(row + starts_at) + 2 * piece;
-      __m512 found[PAIRS];
-      constexpr int AT_ONCE = DIGITS < 3 ? PAIRS : PAIRS / 2;  // as many sums as the registers hold
-      if (p.inputs > 1) {
-        sum_levels<DIGITS, 0, AT_ONCE>(levels, cells.count, x, starts, found);
-        if constexpr (AT_ONCE < PAIRS) sum_levels<DIGITS, AT_ONCE, AT_ONCE>(levels, cells.count, x, starts, found + AT_ONCE);
-      } else {
-        sum_cells<K, DIGITS, 0, AT_ONCE>(cells, x, starts, found);
-        if constexpr (AT_ONCE < PAIRS) sum_cells<K, DIGITS, AT_ONCE, AT_ONCE>(cells, x, starts, found + AT_ONCE);
-      }
-      const __m512 step = _mm512_set1_ps(LEVEL_UNIT * reinterpret_cast<const float*>(row + steps_at)[piece]);
-      float* total = p.room + r * BLOCK;
-#pragma GCC unroll 4
-      for (int i = 0; i < PAIRS; ++i)
-        _mm512_storeu_ps(total + 16 * i, _mm512_fmadd_ps(_mm512_mul_ps(found[i], step), scales[i], _mm512_loadu_ps(total + 16 * i)));
-    }
-  }
-  for (int64_t r = 0; r < p.inputs; ++r) add_in_order(p.room + r * BLOCK, p.totals + r * BLOCK);
+  for (int64_t piece = 0; piece < pieces.count(); ++piece)
+    for (int64_t b = 0; b < p.blocks && pieces.size(piece) > 0; ++b) multiply_piece<K, DIGITS>(p.block(b), pieces, piece, room, levels);
+  for (int64_t i = 0; i < sums; ++i) add_in_order(p.room + i * BLOCK, p.totals + i * BLOCK);
 }
 
 template <int K>
@@ -469,20 +476,23 @@ inline void row_scales(const ColumnProduct& p, int64_t group, float* to) {
 }
 
 template <int K>
-void multiply_floats(const ColumnProduct& p) {
-  const bl_matrix& m = *p.matrix;
+void multiply_floats(const ColumnProduct& every) {
+  const bl_matrix& m = *every.matrix;
   alignas(64) float levels[SOME * BLOCK], scales[BLOCK];
   for (int64_t begin = 0, columns; begin < m.columns; begin += columns) {
     const int64_t group = begin / m.group, end = (group + 1) * m.group < m.columns ? (group + 1) * m.group : m.columns;
     columns = end - begin < SOME ? end - begin : SOME;
-    float_levels<K>(p, begin, columns, levels);
-    row_scales(p, group, scales);
-    for (int64_t r = 0; r < p.inputs; ++r) {
-      Lanes sums[4];
-      sum_floats(levels, columns, reinterpret_cast<const float*>(p.x + r * p.stride) + begin, sums);
-      for (int v = 0; v < 4; ++v) {
-        float* total = p.totals + r * BLOCK + 16 * v;
-        store(total, fma(sums[v], load(scales + 16 * v), load(total)));
+    for (int64_t b = 0; b < every.blocks; ++b) {
+      const ColumnProduct p = every.block(b);
+      float_levels<K>(p, begin, columns, levels);
+      row_scales(p, group, scales);
+      for (int64_t r = 0; r < p.inputs; ++r) {
+        Lanes sums[4];
+        sum_floats(levels, columns, reinterpret_cast<const float*>(p.x + r * p.stride) + begin, sums);
+        for (int v = 0; v < 4; ++v) {
+          float* total = p.totals + r * BLOCK + 16 * v;
+          store(total, fma(sums[v], load(scales + 16 * v), load(total)));
+        }
       }
     }
   }

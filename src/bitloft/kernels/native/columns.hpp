@@ -59,20 +59,29 @@ struct ColumnInput {
   }
 };
 
-// Sixty-four rows of the matrix, from `row` on, times some rows of the input.
+// Blocks of sixty-four rows of the matrix, from `row` on, times some rows of the input: piece by piece, so that a column's bytes are
+// read while they are near where they lie as in the file.
 struct ColumnProduct {
   const bl_matrix* matrix;
-  int64_t row;
+  int64_t row, blocks;
   int digits;
   int64_t inputs;
   const char* x;
   int64_t stride;          // bytes from input to input
-  const float* scales;     // [groups][64], or nullptr where they are
-  const uint16_t* halves;  // fp16 [groups][64], to be multiplied by
+  const float* scales;     // [blocks][groups][64], or nullptr where they are
+  const uint16_t* halves;  // fp16 [blocks][groups][64], to be multiplied by
   float unit;              // a power of two
   bool in_pairs;           // the order of scales
-  float* totals;           // [inputs][64], added to
+  float* totals;           // [blocks][inputs][64], added to
   float* room;             // as many
+
+  ColumnProduct block(int64_t b) const {
+    ColumnProduct one = *this;
+    const int64_t groups = b * matrix->groups * BLOCK, sums = b * inputs * BLOCK;
+    one.row += b * BLOCK, one.blocks = 1, one.halves += groups, one.totals += sums, one.room += sums;
+    if (scales != nullptr) one.scales += groups;
+    return one;
+  }
 };
 
 // Some columns of one group to numbers, `rows` of each from `row` on.

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
 constexpr int64_t AT_ONCE = 8;               // matrices
+constexpr int64_t NEAR = 8;                  // blocks whose bytes of a column lie in one cache line, in the order of the file
 
 thread_local Memory inputs, room;
 
@@ -31,19 +32,24 @@ struct Part {
   const bl_product* product;
   const bl_matrix* matrix;
   Pieces pieces;
-  int64_t blocks, same, x, stride;
+  int64_t blocks, together, turns;  // blocks of a turn
+  int64_t same, x, stride;
 };
 
 class Call {
  public:
-  Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, int digits, const bl_product* products, int64_t count)
-      : table_(table), x_(x), row_(row), rows_(rows), digits_(digits), count_(count) {
+  Call(const Kernels& table, const bl_input& x, int64_t row, int64_t rows, int digits, const bl_product* products, int64_t count,
+       int threads)
+      : table_(table), x_(x), row_(row), rows_(rows), digits_(digits), count_(count), threads_(threads < 1 ? 1 : threads) {
     for (int64_t i = 0; i < count; ++i) {
       const bl_matrix& m = *products[i].weight;
       Part& part = parts_[i];
-      part = {&products[i], &m, {m.columns, m.group}, (m.rows + BLOCK - 1) / BLOCK, 0, 0, 0};
+      part = {&products[i], &m, {m.columns, m.group}, (m.rows + BLOCK - 1) / BLOCK, 1, 0, 0, 0, 0};
+      const int64_t fair = (part.blocks + threads_ - 1) / threads_;
+      if (!(m.flags & BL_ARRANGED) && fair > 1) part.together = fair < NEAR ? fair : NEAR;
+      part.turns = (part.blocks + part.together - 1) / part.together;
       while (parts_[part.same].pieces.group != m.group) ++part.same;
-      turns_ += part.blocks;
+      turns_ += part.turns;
       work_ += rows * m.rows * m.columns;
       if (part.same != i) {
         part.x = parts_[part.same].x, part.stride = parts_[part.same].stride;
@@ -54,9 +60,9 @@ class Call {
     }
   }
 
-  void go(int threads) {
+  void go() {
     if (turns_ == 0) return;
-    threads = work_ < 2 * WORTH_A_THREAD || threads < 1 ? 1 : threads;
+    const int threads = work_ < 2 * WORTH_A_THREAD ? 1 : threads_;
     char* const shared = rows_ == 1 ? nullptr : static_cast<char*>(inputs.get(bytes_));
     Stage prepared;
     Ranges multiplied(turns_, threads);
@@ -87,20 +93,24 @@ class Call {
 
   void take_turn(int64_t turn, const char* input) const {
     int64_t i = 0;
-    while (turn >= parts_[i].blocks) turn -= parts_[i++].blocks;
+    while (turn >= parts_[i].turns) turn -= parts_[i++].turns;
     const Part& part = parts_[i];
     const bl_matrix& m = *part.matrix;
-    const int64_t row = turn * BLOCK, left = m.rows - row;
-    const Block block{&m, row, left < BLOCK ? left : BLOCK};
-    const bool in_order = (m.flags & BL_ARRANGED) && left >= BLOCK, halves = in_order && std::abs(*m.exponent) < 100;
+    const int64_t first = turn * part.together, blocks = part.blocks - first < part.together ? part.blocks - first : part.together;
+    const int64_t row = first * BLOCK;
+    const bool in_order = (m.flags & BL_ARRANGED) && m.rows - row >= BLOCK, halves = in_order && std::abs(*m.exponent) < 100;
     const int64_t scales = halves ? 0 : m.groups * BLOCK, sums = rows_ * BLOCK;
-    float* const turned = static_cast<float*>(room.get((scales + 2 * sums) * 4));
-    float* const totals = turned + scales;
-    if (!halves) table_.turn_scales(block, in_order, turned, nullptr);
-    begin(*part.product, block, totals);
+    float* const turned = static_cast<float*>(room.get(blocks * (scales + 2 * sums) * 4));
+    float* const totals = turned + blocks * scales;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_of(m, row + b * BLOCK);
+      if (!halves) table_.turn_scales(block, in_order, turned + b * scales, nullptr);
+      begin(*part.product, block, totals + b * sums);
+    }
     table_.column_product({
         .matrix = &m,
         .row = row,
+        .blocks = blocks,
         .digits = digits_,
         .inputs = rows_,
         .x = input + part.x,
@@ -110,18 +120,23 @@ class Call {
         .unit = halves ? std::ldexp(1.0f, *m.exponent) : 1.0f,
         .in_pairs = in_order,
         .totals = totals,
-        .room = totals + sums,
+        .room = totals + blocks * sums,
     });
     const bl_product& p = *part.product;
-    table_.finish({
-        .totals = totals,
-        .rows = rows_,
-        .columns = block.rows,
-        .out = static_cast<char*>(p.out) + (row_ * p.stride + row) * size_of(p.dtype),
-        .stride = p.stride,
-        .dtype = p.dtype,
-    });
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Block block = block_of(m, row + b * BLOCK);
+      table_.finish({
+          .totals = totals + b * sums,
+          .rows = rows_,
+          .columns = block.rows,
+          .out = static_cast<char*>(p.out) + (row_ * p.stride + block.row) * size_of(p.dtype),
+          .stride = p.stride,
+          .dtype = p.dtype,
+      });
+    }
   }
+
+  static Block block_of(const bl_matrix& m, int64_t row) { return {&m, row, m.rows - row < BLOCK ? m.rows - row : BLOCK}; }
 
   // What totals start from: bias and addend are added before the sum is rounded to the output's dtype.
   void begin(const bl_product& p, const Block& block, float* totals) const {
@@ -138,6 +153,7 @@ class Call {
   const int64_t row_, rows_;
   const int digits_;
   const int64_t count_;
+  const int threads_;
   Part parts_[AT_ONCE];
   int64_t turns_ = 0, work_ = 0, bytes_ = 0;
 };
@@ -166,7 +182,7 @@ void multiply_columns(const Kernels& table, const bl_input& x, int64_t row, int6
                       int32_t flags, int threads) {
   const int digits = flags & BL_INT8 ? 1 : !tame ? 0 : x.dtype == BL_BF16 ? 2 : 3;
   for (int64_t first = 0; first < count; first += AT_ONCE)
-    Call(table, x, row, rows, digits, products + first, count - first < AT_ONCE ? count - first : AT_ONCE).go(threads);
+    Call(table, x, row, rows, digits, products + first, count - first < AT_ONCE ? count - first : AT_ONCE, threads).go();
 }
 
 bool can_arrange_columns(const Kernels& table, const bl_matrix& m) { return table.bytes && m.columns % CELL == 0; }
