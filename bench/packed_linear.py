@@ -214,7 +214,8 @@ def few_rows(bench: Bench) -> dict[str, float | None]:
 
 def trellis_rows(bench: Bench) -> dict[str, float | None]:
     """Trellis codes by column against scalar ones of as many true bits, and against the bandwidth."""
-    ours, scalar, figures = bench.ours("trellis2:64"), bench.ours("lm2:64"), {}
+    figures: dict[str, float | None] = {}
+    ours, scalar = bench.ours("trellis2:64"), bench.ours("lm2:64")
     for rows in (1, 4, 32):
         found = []
         for dtype in (torch.float32, torch.bfloat16):

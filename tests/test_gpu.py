@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitloft.errors import KernelError
-from bitloft.kernels import gpu, plain
+from bitloft.kernels import columnwise, gpu, plain
 from bitloft.kernels.lora import Segment, Start, multi_lora_plain
 from bitloft.packed import PackedTensor
 
@@ -46,6 +46,12 @@ def test_decode_is_the_definition(fmt: str, shape: tuple[int, int]) -> None:
         assert torch.equal(found, wanted)
     else:  # a fused multiply-add may round once where the definition rounds twice
         close(found, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_are_decoded_by_their_levels(shape: tuple[int, int]) -> None:
+    weight = packed("trellis2:64", *shape)
+    close(columnwise.decode(weight, torch.float32, gpu.decode), plain.decode(weight))
 
 
 def test_decode_rounds_once() -> None:
