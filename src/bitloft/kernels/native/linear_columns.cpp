@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 18;  // products below which waking a second thread costs more
 constexpr int64_t AT_ONCE = 8;               // matrices
+constexpr int64_t FEW = 16;                  // rows of the input up to which reading codes costs more than the sums of more blocks
 constexpr int64_t NEAR = 8;                  // blocks whose bytes of a column lie in one cache line, in the order of the file
 
 thread_local Memory inputs, room;
@@ -46,7 +47,7 @@ class Call {
       Part& part = parts_[i];
       part = {&products[i], &m, {m.columns, m.group}, (m.rows + BLOCK - 1) / BLOCK, 1, 0, 0, 0, 0};
       const int64_t fair = (part.blocks + threads_ - 1) / threads_;
-      if (!(m.flags & BL_ARRANGED) && fair > 1) part.together = fair < NEAR ? fair : NEAR;
+      if (!(m.flags & BL_ARRANGED) && fair > 1 && rows <= FEW) part.together = fair < NEAR ? fair : NEAR;
       part.turns = (part.blocks + part.together - 1) / part.together;
       while (parts_[part.same].pieces.group != m.group) ++part.same;
       turns_ += part.turns;
