@@ -48,18 +48,18 @@ class Row:
 LORA16, PUBLISHED, AUTOROUND = "16-bit LoRA", "LoftQ nf", "AutoRound"  # a peer's format is its bits, group 64
 CALIBRATED: dict[str, Any] = {"solver": "calibrated", "rank": RANK}
 SHARED: dict[str, Any] = {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE}
-OURS = "+refine, teacher"
+OURS = "+vector code"
 
 ROWS = (
     Row(LORA16, maker="none"),
     Row(PUBLISHED, NF, {"solver": "loftq", "rank": RANK}, "start"),
     Row("calibrated", LM, CALIBRATED, "start"),
-    Row(OURS, LM, SHARED | {"refine_against": "teacher"}),
+    Row(OURS, TRELLIS, SHARED | {"refine_against": "teacher"}),
     Row("LoftQ lm", LM, {"solver": "loftq", "rank": RANK}, "start"),
     Row(AUTOROUND, {2.25: "2", 3.25: "3", 4.25: "4"}, maker="autoround"),
     Row("LoftQ uniform:tensor", TENSOR, {"solver": "loftq", "rank": RANK}, "start"),
     Row("QLoRA", NF, {"solver": "qlora", "rank": 0}),
-    Row("+vector code", TRELLIS, SHARED | {"refine_against": "teacher"}),
+    Row("+refine, teacher", LM, SHARED | {"refine_against": "teacher"}),
     Row("+allocate", ALLOCATED, SHARED | {"refine_against": "teacher", "target_bits": None, "fisher": True}),
 )
 # each ingredient alone, and everything but it
