@@ -19,6 +19,9 @@ int check(const bl_matrix* matrix) {
   if (m.width < m.columns || m.width % 8 != 0 || m.group < 0 || (m.width > 0 && (m.group == 0 || m.width % m.group)))
     return fail("a packed matrix of %lld columns has width %lld and groups of %lld.", (long long)m.columns,
                 (long long)m.width, (long long)m.group);
+  // beyond any memory, and below what the products that follow could overflow at
+  if (m.width > (int64_t{1} << 40) || (m.rows > 0 && m.width > (int64_t{1} << 56) / m.rows))
+    return fail("a packed matrix has %lld rows of width %lld.", (long long)m.rows, (long long)m.width);
   const bool whole = (m.flags & BL_TENSOR) != 0;
   const int64_t groups = m.group > 0 ? m.width / m.group : 0;
   if (m.groups != 0 && m.groups != groups)
