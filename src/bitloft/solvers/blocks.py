@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 64  # columns walked at once where a group is larger than SEARCHED
+BLOCK = 64  # columns swept at once, and walked at once where a group is larger than SEARCHED
 SEARCHED = 128  # the largest group whose scale is chosen on the values that will be coded
 
 

@@ -57,10 +57,14 @@ def calibrated(
     ``weight`` is float32; ``rank`` 0 gives Q alone, in one round. Raises OptionError for a moment that is no moment.
     """
     order = options.feedback if options.feedback != "none" else "forward"
-    metric, metric_of_a = (
-        metric_of(statistics.moment, of, kind=options.metric, order=order, damping=options.damping)
-        for of in (fmt, start_format)  # an order keeps the groups of one format together
-    )
+    metric = metric_of(statistics.moment, fmt, kind=options.metric, order=order, damping=options.damping)
+    metric_of_a = metric
+    if (
+        rank and order == "activation" and start_format.group != fmt.group
+    ):  # an order keeps one format's groups together
+        metric_of_a = metric_of(
+            statistics.moment, start_format, kind=options.metric, order=order, damping=options.damping
+        )
     job = _Job(weight, fmt, metric, metric_of_a, rank, scaling, start_format, statistics.rows, options, generator)
     best = min(job.iterates(), key=lambda iterate: iterate.error)
     whole, after = metric.error(weight), weight - best.dense
@@ -89,7 +93,7 @@ class _Job:
     weight: Float[Tensor, "rows columns"]
     fmt: Format
     metric: Metric
-    metric_of_a: Metric  # the same norm
+    metric_of_a: Metric  # the same norm, in an order for the start's groups
     rank: int
     scaling: float
     start_format: Format

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from bitloft.solvers.blocks import BLOCK
 from bitloft.solvers.grids import Grids
 from bitloft.solvers.metric import Metric
 
-BLOCK = 64
 ROWS = 1 << 20  # numbers of the normal equations solved at once
 LEAST = 0.25  # of a scale: a refit below it (or negative) is numerical noise of a group that matters little
 
