@@ -123,3 +123,25 @@ def write_record(adapter: Path, base: str | None, source: str | None, start: str
     """bitloft_adapter.json with these fingerprints."""
     record = {"schema": 1, "base": base, "source": source, "start": start}
     (adapter / "bitloft_adapter.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+# of an output, of the sizes of its terms together, and of the largest input times the largest value: all kernels sum in
+# float32; bfloat16 rounds the values too, level and shift apart; float32 inputs may become whole numbers that share an
+# exponent
+PRODUCTS = {
+    torch.float32: (2e-5, 2e-5, 2e-6), torch.bfloat16: (2**-8, 2**-8, 2**-8), torch.float16: (2**-10, 2e-5, 2e-6),
+}  # fmt: skip
+
+
+def assert_product(x: torch.Tensor, y: torch.Tensor, dense: torch.Tensor) -> None:
+    """That ``y`` is ``x @ dense.T`` [..., rows], each output as near as its own terms allow: they may cancel."""
+    expected = x.double() @ dense.double().T
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
+    if not x.numel() or not dense.numel():
+        assert not y.any()
+        return
+    of_output, of_terms, of_largest = PRODUCTS[x.dtype]
+    bound = of_output * expected.abs() + of_terms * (x.double().abs() @ dense.double().abs().T)
+    bound += of_largest * float(x.abs().max()) * float(dense.abs().max()) + torch.finfo(x.dtype).smallest_normal
+    assert float(((y.double() - expected).abs() / bound).max()) <= 1
