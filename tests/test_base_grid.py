@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def test_figures_follow_their_definitions(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "3.1000 +- 0.0100" in out
     assert "2.9000 +- 0.0100" in out  # 16-bit LoRA at 120 steps, beside 2.8 at 240
+
+
+def test_differences_are_taken_over_the_seeds_that_both_rows_have() -> None:
+    cells, more = filled(), replace(EFFORT, seeds=(0, 1, 2))
+    for name, steps, loss in ((OURS, 120, 3.7), (LORA16, 240, 2.8)):
+        key = Cell(ROW[name], 16.0 if name == LORA16 else 2.25, "wikitext2", 2, steps).key
+        cells.get(key, partial(dict, loss=loss, true_bits=2.25, true_bits_with_start=3.0))
+    found = figures(cells, more)
+    assert found["nats_above_lora16"] == pytest.approx((0.3 + 0.3 + 0.9) / 3)
+    assert found["seeds"] == 3
+    assert found["gap_closed_at_2bit"] == pytest.approx(1 - 0.3 / 2.0)  # without the third seed, which LoftQ lacks
+    assert found["loss_vs_autoround_2bit"] == pytest.approx(-0.1)
 
 
 def test_figures_without_cells_are_none() -> None:

@@ -3,11 +3,12 @@
     gap_closed_at_2bit = 1 - (loss_ours - loss_lora16) / (loss_loftq_nf - loss_lora16)      nats, after training
     nats_above_lora16  = loss_ours - loss_lora16
 
-Losses are means over seeds. Rows without refining are taken at the steps of ours plus those of refining.
+A difference is the mean over the seeds that all its rows have been run with. Rows without refining are taken at the
+steps of ours plus those of refining.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import harness
@@ -30,34 +31,37 @@ class Losses:
         keys = [Cell(row, at, self.task, seed, steps + more).key for seed in self.effort.seeds]
         return [cell for key in keys if (cell := self.cells.find(key)) is not None]
 
-    def mean(self, name: str, bits: float, steps: int) -> float | None:
-        found = [cell["loss"] for cell in self.runs(ROW[name], bits, steps, granted=True)]
-        return sum(found) / len(found) if found else None
+    def by_seed(self, name: str, bits: float, steps: int) -> dict[int, float]:
+        """A row's losses, with the steps that it is granted."""
+        return {cell["key"]["seed"]: cell["loss"] for cell in self.runs(ROW[name], bits, steps, granted=True)}
 
 
 def figures(cells: harness.Cells, effort: Effort) -> dict[str, Any]:
     """The claim's keys, on the effort's first task after its fewest steps."""
     losses, steps, two = Losses(cells, effort, effort.tasks[0]), effort.steps[0], effort.bits[0]
-    ours, theirs, whole = (losses.mean(name, two, steps) for name in (OURS, PUBLISHED, LORA16))
-    peer, three = losses.mean(AUTOROUND, two, steps), losses.mean(PUBLISHED, 3.25, steps)
-    counted = losses.runs(ROW[OURS], two, steps, granted=True)
+    ours, theirs, whole, peer = (losses.by_seed(name, two, steps) for name in (OURS, PUBLISHED, LORA16, AUTOROUND))
+    three = losses.by_seed(PUBLISHED, 3.25, steps)
     return {
         "gap_closed_at_2bit": _rounded(_closed(ours, theirs, whole)),
         "nats_above_lora16": _rounded(_minus(ours, whole)),
         "loss_vs_autoround_2bit": _rounded(_minus(ours, peer)),
         "loss_225_vs_loftq_325": _rounded(_minus(ours, three)),
         "perplexity_at_steps": {str(s): _perplexity(losses, effort, two, s) for s in (0, *effort.steps)},
-        "seeds": len(counted),
+        "seeds": len(ours.keys() & whole.keys()),
         "true_bits": {name: _bits(losses, name, two, steps) for name in (OURS, PUBLISHED, AUTOROUND)},
     }
 
 
-def _closed(ours: float | None, theirs: float | None, whole: float | None) -> float | None:
-    return None if ours is None or theirs is None or whole is None else 1 - (ours - whole) / (theirs - whole)
+def _closed(ours: Mapping[int, float], theirs: Mapping[int, float], whole: Mapping[int, float]) -> float | None:
+    here = {seed: loss for seed, loss in whole.items() if seed in ours and seed in theirs}
+    left, gap = _minus(ours, here), _minus(theirs, here)
+    return None if left is None or gap is None else 1 - left / gap
 
 
-def _minus(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one - other
+def _minus(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """The mean difference over the seeds of both; None where they share none."""
+    shared = sorted(one.keys() & other.keys())
+    return sum(one[seed] - other[seed] for seed in shared) / len(shared) if shared else None
 
 
 def _rounded(value: float | None) -> float | None:
@@ -69,7 +73,8 @@ def _perplexity(losses: Losses, effort: Effort, bits: float, steps: int) -> dict
     found = {}
     for name in (LORA16, PUBLISHED, OURS, AUTOROUND):
         if steps:
-            loss = losses.mean(name, bits, steps)
+            found_losses = losses.by_seed(name, bits, steps).values()
+            loss = sum(found_losses) / len(found_losses) if found_losses else None
         else:
             row = ROW[name]
             cell = losses.cells.find(Cell(row, 16.0 if row.maker == "none" else bits, losses.task, 0, 0).key)
