@@ -4,10 +4,10 @@ SmolLM2 on WikiText-2 (`valid` to train and calibrate, its last tenth held out o
 `test` to judge) and on GSM8K's answers, MiniLM on SST-2 and MRPC (SmolLM2's own weights come from a 4-bit grid,
 MiniLM's do not). ``base_grid.plan`` has the rows. The grid takes days: bases are kept below --work, cells in
 bench/results/cells with commit and settings, a run goes on where the last one stopped, the 2-bit column first, and the
-JSON says what has not been run. ``--row``, ``--bits``, ``--steps`` and ``--seed`` measure a part of it. ``--quick`` is
-three rows at 2 bits and one seed: 8 steps after 8 of refining in place of 120 after 120, bases of one round and one
-sweep on 16 sequences in place of 128, one learning rate, 8 judged sequences of 64, no
-row without granted steps; ``--smoke`` random models.
+JSON says what has not been run, and which row it calls ours (widths of their own; one width with --quick). ``--row``,
+``--bits``, ``--steps`` and ``--seed`` measure a part of it. ``--quick`` is three rows at 2 bits and one seed: 8 steps
+after 8 of refining in place of 120 after 120, bases of one round and one sweep on 16 sequences in place of 128, one
+learning rate, 8 judged sequences of 64, no row without granted steps; ``--smoke`` random models.
 ``--report`` only reads the cells, ``--verify N`` measures N of them anew.
 
 Folders: --smollm2, --minilm, --shared, --work (or BITLOFT_SMOLLM2, BITLOFT_MINILM, BITLOFT_SHARED, BITLOFT_GRID).

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import harness
 import quality_base
-from base_grid.plan import AUTOROUND, LORA16, OURS, PUBLISHED, ROWS, Cell, Effort, effort_of
+from base_grid.plan import AUTOROUND, LORA16, ONE_WIDTH, OURS, PUBLISHED, ROWS, Cell, Effort, effort_of
 from base_grid.summary import figures, show
 from base_grid.tasks import Text, judge, split_files
 from base_grid.work import Work
@@ -44,6 +44,7 @@ def filled(path: Path | None = None) -> harness.Cells:
 
 def test_figures_follow_their_definitions(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(filled(), EFFORT)
+    assert found["ours"] == OURS
     assert found["gap_closed_at_2bit"] == pytest.approx(1 - 0.3 / 2.0)
     assert found["nats_above_lora16"] == pytest.approx(0.3)
     assert found["loss_vs_autoround_2bit"] == pytest.approx(-0.1)
@@ -160,7 +161,8 @@ def test_a_part_of_the_grid_can_be_chosen() -> None:
     found = {(c.row.name, c.bits, c.steps, c.seed) for c in part.cells() if c.task == "wikitext2"}
     assert found == {(LORA16, 16.0, 120, 1), (LORA16, 16.0, 240, 1), (OURS, 2.25, 120, 1)}
     quick = effort_of("quick")
-    assert [(c.row.name, c.steps) for c in quick.cells()] == [(LORA16, 16), (PUBLISHED, 16), (OURS, 8)]
+    assert [(c.row.name, c.steps) for c in quick.cells()] == [(LORA16, 16), (PUBLISHED, 16), (ONE_WIDTH, 8)]
+    assert quick.ours == ONE_WIDTH
     with pytest.raises(ValueError, match="'my row' is none of the rows 16-bit LoRA, LoftQ nf"):
         effort_of("full").only(["my row"], [], [], [])
 

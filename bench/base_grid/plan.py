@@ -48,19 +48,19 @@ class Row:
 LORA16, PUBLISHED, AUTOROUND = "16-bit LoRA", "LoftQ nf", "AutoRound"  # a peer's format is its bits, group 64
 CALIBRATED: dict[str, Any] = {"solver": "calibrated", "rank": RANK}
 SHARED: dict[str, Any] = {"solver": "calibrated", "rank": SHARED_RANK, "refine": REFINE}
-OURS = "+vector code"
+OURS, ONE_WIDTH = "+allocate", "+vector code"  # what --quick has no time for, and what stands for it there
 
 ROWS = (
     Row(LORA16, maker="none"),
     Row(PUBLISHED, NF, {"solver": "loftq", "rank": RANK}, "start"),
     Row("calibrated", LM, CALIBRATED, "start"),
-    Row(OURS, TRELLIS, SHARED | {"refine_against": "teacher"}),
+    Row(OURS, ALLOCATED, SHARED | {"refine_against": "teacher", "target_bits": None, "fisher": True}),
+    Row(ONE_WIDTH, TRELLIS, SHARED | {"refine_against": "teacher"}),
     Row("LoftQ lm", LM, {"solver": "loftq", "rank": RANK}, "start"),
     Row(AUTOROUND, {2.25: "2", 3.25: "3", 4.25: "4"}, maker="autoround"),
     Row("LoftQ uniform:tensor", TENSOR, {"solver": "loftq", "rank": RANK}, "start"),
     Row("QLoRA", NF, {"solver": "qlora", "rank": 0}),
     Row("+refine, teacher", LM, SHARED | {"refine_against": "teacher"}),
-    Row("+allocate", ALLOCATED, SHARED | {"refine_against": "teacher", "target_bits": None, "fisher": True}),
 )
 # each ingredient alone, and everything but it
 ABLATIONS = (
@@ -112,6 +112,7 @@ class Effort:
     samples: int = 128  # calibration sequences of 512 tokens
     plain: bool = True  # whether rows without refining are also run without the steps that they are granted
     base: Mapping[str, Any] = field(default_factory=dict)  # settings of every calibrated base, where some are cut
+    ours: str = OURS  # the row that the figures call ours
 
     def cells(self) -> Iterator[Cell]:
         """The first task, the 2-bit column, the fewest steps and the first seed first, ablations last; of a row without
@@ -151,7 +152,10 @@ def effort_of(mode: str) -> Effort:
     bases of one round and few samples."""
     if mode == "full":
         return Effort(ROWS + ABLATIONS, BITS, TASKS, SEEDS, STEPS, RATES, REFINE)
-    few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, OURS))
+    few = tuple(row for row in ROWS if row.name in (LORA16, PUBLISHED, ONE_WIDTH))
     if mode == "quick":
-        return Effort(few, (2.25,), ("wikitext2",), (0,), (8,), (1e-3,), 8, judged=8, samples=16, plain=False, base=CUT)
-    return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4)
+        return Effort(
+            few, (2.25,), ("wikitext2",), (0,), (8,), (1e-3,), 8,
+            judged=8, samples=16, plain=False, base=CUT, ours=ONE_WIDTH,
+        )  # fmt: skip
+    return Effort(few, (2.25,), ("words", "pairs"), (0,), (2,), (1e-3,), 2, 2, 16, judged=4, samples=4, ours=ONE_WIDTH)

@@ -13,7 +13,7 @@ from typing import Any
 
 import harness
 
-from base_grid.plan import AUTOROUND, LORA16, OURS, PUBLISHED, ROWS, Cell, Effort, Row
+from base_grid.plan import AUTOROUND, LORA16, ONE_WIDTH, PUBLISHED, ROWS, Cell, Effort, Row
 
 ROW = {row.name: row for row in ROWS}
 
@@ -39,16 +39,18 @@ class Losses:
 def figures(cells: harness.Cells, effort: Effort) -> dict[str, Any]:
     """The claim's keys, on the effort's first task after its fewest steps."""
     losses, steps, two = Losses(cells, effort, effort.tasks[0]), effort.steps[0], effort.bits[0]
-    ours, theirs, whole, peer = (losses.by_seed(name, two, steps) for name in (OURS, PUBLISHED, LORA16, AUTOROUND))
+    compared = (effort.ours, PUBLISHED, LORA16, AUTOROUND)
+    ours, theirs, whole, peer = (losses.by_seed(name, two, steps) for name in compared)
     three = losses.by_seed(PUBLISHED, 3.25, steps)
     return {
+        "ours": effort.ours,
         "gap_closed_at_2bit": _rounded(_closed(ours, theirs, whole)),
         "nats_above_lora16": _rounded(_minus(ours, whole)),
         "loss_vs_autoround_2bit": _rounded(_minus(ours, peer)),
         "loss_225_vs_loftq_325": _rounded(_minus(ours, three)),
         "perplexity_at_steps": {str(s): _perplexity(losses, effort, two, s) for s in (0, *effort.steps)},
         "seeds": len(ours.keys() & whole.keys()),
-        "true_bits": {name: _bits(losses, name, two, steps) for name in (OURS, PUBLISHED, AUTOROUND)},
+        "true_bits": {name: _bits(losses, name, two, steps) for name in (effort.ours, PUBLISHED, AUTOROUND)},
     }
 
 
@@ -71,7 +73,7 @@ def _rounded(value: float | None) -> float | None:
 def _perplexity(losses: Losses, effort: Effort, bits: float, steps: int) -> dict[str, float]:
     """Of every row that has been run at these steps: the exponential of its mean loss."""
     found = {}
-    for name in (LORA16, PUBLISHED, OURS, AUTOROUND):
+    for name in dict.fromkeys((LORA16, PUBLISHED, ONE_WIDTH, effort.ours, AUTOROUND)):
         if steps:
             found_losses = losses.by_seed(name, bits, steps).values()
             loss = sum(found_losses) / len(found_losses) if found_losses else None
