@@ -265,7 +265,7 @@ PROGRAM = """
 import torch
 from tests.test_lora import ODD, PAIRS, PLAIN, assert_close, batch
 from bitloft.kernels import cpu
-from bitloft.kernels.lora import multi_lora, multi_lora_plain, values
+from bitloft.kernels.lora import multi_lora, multi_lora_plain
 assert cpu.isa() == {isa!r}, cpu.isa()
 for width in ((200, 130), (64, 128)):
     for kind in [*PAIRS, *ODD, *PLAIN]:

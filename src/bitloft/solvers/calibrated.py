@@ -59,9 +59,7 @@ def calibrated(
     order = options.feedback if options.feedback != "none" else "forward"
     metric = metric_of(statistics.moment, fmt, kind=options.metric, order=order, damping=options.damping)
     metric_of_a = metric
-    if (
-        rank and order == "activation" and start_format.group != fmt.group
-    ):  # an order keeps one format's groups together
+    if rank and order == "activation" and start_format.group != fmt.group:  # an order keeps one group size together
         metric_of_a = metric_of(
             statistics.moment, start_format, kind=options.metric, order=order, damping=options.damping
         )
